@@ -1,0 +1,4 @@
+"""Implementations of attention; installed as `posjax.kernels`.
+
+`reference` is the dense specification. `blockwise` is the XLA form with O(T) memory for every backend.
+"""

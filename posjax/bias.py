@@ -1,0 +1,466 @@
+"""What a position encoding adds to the logits, described instead of built.
+
+A description is a small pytree. `dense` is its specification: the [B, N, T, S] array it stands for, for tests and
+plots. The other methods let an attention kernel compute any block of that array without ever building it:
+
+    rows  = bias.rows(query_block)                 once per block of queries
+    carry = bias.start(...)                        for the key block nearest to the query
+    for each block of keys, from the last one visible down to the first:
+        block, carry = bias.tile(rows, tile, carry)
+        if bias.finished(carry): go on with carry = None
+
+A running state (`carry`) makes Contextual Position Encoding possible: its count of gates grows from the query
+leftwards. Gradients need no code here: kernels differentiate `rows` and `tile`, and the carry's cotangent runs
+back from left to right. A new description is a new subclass of `Bias`; no kernel changes.
+
+Inside kernels heads come before lengths: query [B, N, t, H], logits [B, N, t, s].
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from posjax.types import Array, Bool, Float, Num, PyTree
+
+__all__ = ["ArrayBias", "Bias", "BiasSum", "ContextualBias", "RelativeBias", "Tile", "as_bias"]
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Tile(NamedTuple):
+    """What a block of the bias may depend on."""
+
+    query: Num[Array, "B N t H"]
+    dots: Float[Array, "B N t s"]  # query . key in float32, unscaled
+    allowed: Bool[Array, "#B #N t s"]
+    query_positions: Num[Array, "#B t"]
+    key_positions: Num[Array, "#B s"]
+    scale: float  # of the attention logits
+
+
+class Bias(abc.ABC):
+    """A description of what is added to the scaled logits."""
+
+    # Fields that have a query axis or a key axis: name -> (query axis or None, key axis or None).
+    axes: ClassVar[dict[str, tuple[int | None, int | None]]] = {}
+    # Whether `tile` hands a running state from one block of keys to the next one on its left.
+    runs: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def dense(
+        self,
+        query: Num[Array, "B T N H"],
+        key: Num[Array, "B S K H"],
+        *,
+        scale: float,
+        allowed: Bool[Array, "#B #N T S"],
+        query_positions: Num[Array, "#B T"],
+        key_positions: Num[Array, "#B S"],
+    ) -> Float[Array, "#B #N T S"]:
+        """The whole bias as one float32 array: the specification."""
+
+    @abc.abstractmethod
+    def tile(self, rows: PyTree, tile: Tile, carry: PyTree) -> tuple[Float[Array, "#B #N t s"], PyTree]:
+        """One block of the bias, and the running state for the block on its left.
+
+        `carry` is None where the bias has `finished`, and always where it has no running state.
+        """
+
+    def rows(self, query: Num[Array, "B N t H"]) -> PyTree:
+        """Quantities of each query that all its blocks share."""
+        return None
+
+    def start(self, shape: tuple[int, int, int], valid: Bool[Array, "#B t"] | None) -> PyTree:
+        """The running state of `shape` [B, N, t] before the first block; rows that are not `valid` never delay `finished`."""
+        return None
+
+    def finished(self, carry: PyTree) -> Bool[Array, ""]:
+        """Whether no block further left needs the running state."""
+        return jnp.asarray(False)
+
+    def check(self, query: Array, key: Array, is_causal: bool) -> None:
+        """Raises `ValueError` where the description does not fit query [B, T, N, H] and key [B, S, K, H]."""
+
+    def pad(self, queries: int, keys: int) -> Self:
+        """Zeros appended along the query and the key axis of every field that has one."""
+
+        def pad_field(value: Array, query_axis: int | None, key_axis: int | None) -> Array:
+            width = [(0, 0)] * value.ndim
+            for axis, amount in ((query_axis, queries), (key_axis, keys)):
+                if axis is not None:
+                    width[axis] = (0, amount)
+            return jnp.pad(value, width)
+
+        return self._with_fields(pad_field)
+
+    def block(self, query_start: Any, query_size: int, key_start: Any, key_size: int) -> Self:
+        """The description of one block of queries and keys."""
+
+        def slice_field(value: Array, query_axis: int | None, key_axis: int | None) -> Array:
+            parts = ((query_axis, query_start, query_size), (key_axis, key_start, key_size))
+            for axis, start, size in parts:
+                if axis is not None:
+                    value = jax.lax.dynamic_slice_in_dim(value, start, size, axis)
+            return value
+
+        return self._with_fields(slice_field)
+
+    def add_block(self, part: Self, query_start: Any, key_start: Any) -> Self:
+        """This description (of gradients) with a block's gradients added at their place."""
+        total = jax.tree.map(jnp.add, *(_without(x, self.axes) for x in (self, part)))
+
+        def add_field(value: Array, name: str) -> Array:
+            addend = getattr(part, name)
+            query_axis, key_axis = self.axes[name]
+            starts = [0] * value.ndim
+            for axis, start in ((query_axis, query_start), (key_axis, key_start)):
+                if axis is not None:
+                    starts[axis] = start
+            old = jax.lax.dynamic_slice(value, starts, addend.shape)
+            return jax.lax.dynamic_update_slice(value, old + addend, starts)
+
+        fields = {name: getattr(self, name) for name in self.axes}
+        added = {name: add_field(value, name) for name, value in fields.items() if value is not None}
+        return dataclasses.replace(total, **added)
+
+    def map_axes(self, on_axes: Callable[[Array], Any], elsewhere: Callable[[Array], Any]) -> Self:
+        """The description with `on_axes` applied to the fields in `axes` (they have a batch axis), `elsewhere` to others."""
+        mapped = jax.tree.map(elsewhere, _without(self, self.axes))
+        values = {name: getattr(self, name) for name in self.axes}
+        return dataclasses.replace(mapped, **{n: on_axes(v) for n, v in values.items() if v is not None})
+
+    def _with_fields(self, function: Callable[..., Array]) -> Self:
+        """A copy with `function(value, query axis, key axis)` applied to every field that has such an axis."""
+        values = {name: getattr(self, name) for name in self.axes}
+        changed = {n: function(v, *self.axes[n]) for n, v in values.items() if v is not None}
+        return dataclasses.replace(self, **changed)
+
+
+def _without(bias: Bias, names: Any) -> Bias:
+    return dataclasses.replace(bias, **dict.fromkeys(names))
+
+
+def as_bias(bias: "Bias | Array | None") -> Bias | None:
+    """A description from what a caller may pass: a description, an array, or None."""
+    return bias if bias is None or isinstance(bias, Bias) else ArrayBias(jnp.asarray(bias))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ArrayBias(Bias):
+    """A bias that stands in memory as an array."""
+
+    array: Float[Array, "#B #N T S"] | None
+    axes: ClassVar = {"array": (2, 3)}
+
+    def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
+        """The array itself, in float32."""
+        return self.array.astype(jnp.float32)
+
+    def tile(self, rows, tile, carry):
+        """The block of the array."""
+        return self.array.astype(jnp.float32), None
+
+    def check(self, query, key, is_causal):
+        """The array must broadcast to [B, N, T, S], with full T and S."""
+        batch, queries, heads, _ = query.shape
+        want = (batch, heads, queries, key.shape[1])
+        got = self.array.shape
+        fits = len(got) == 4 and got[2:] == want[2:] and all(g in (1, w) for g, w in zip(got, want, strict=True))
+        if not fits:
+            raise ValueError(f"bias has shape {got}; it must be [B or 1, N or 1, T, S] = {want}.")
+        if not jnp.issubdtype(self.array.dtype, jnp.floating):
+            raise ValueError(f"bias has dtype {self.array.dtype}; it must be a floating-point array.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RelativeBias(Bias):
+    """A bias that depends on the positions of query and key alone: ALiBi, T5, KERPLE, FIRE, ...
+
+        bias[n, i, j] = function(params, query position i, key position j)[n]
+
+    Args:
+        function: maps (params, query positions [#B, t], key positions [#B, s]) to float32 [#B, N, t, s]. It must be
+            hashable by value (a module-level function, or a frozen dataclass with `__call__`), so that equal
+            descriptions are compiled once.
+        params: arrays of the function; they receive gradients.
+        query_positions: positions to use instead of those of the attention call, [B or 1, T]; no gradient.
+        key_positions: likewise, [B or 1, S].
+
+    >>> alibi = RelativeBias(lambda slope, i, j: -slope * (i[:, None, :, None] - j[:, None, None, :]), jnp.ones(()))
+    """
+
+    function: Callable[..., Array] = dataclasses.field(metadata={"static": True})
+    params: PyTree = None
+    query_positions: Num[Array, "#B T"] | None = None
+    key_positions: Num[Array, "#B S"] | None = None
+    axes: ClassVar = {"query_positions": (1, None), "key_positions": (None, 1)}
+
+    def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
+        """The function at all pairs of positions."""
+        return self._evaluate(query_positions, key_positions)
+
+    def tile(self, rows, tile, carry):
+        """The function at the block's positions."""
+        return self._evaluate(tile.query_positions, tile.key_positions), None
+
+    def check(self, query, key, is_causal):
+        """The function must give [B or 1, N, T, S]; own positions must match T and S."""
+        for name, length in (("query_positions", query.shape[1]), ("key_positions", key.shape[1])):
+            value = getattr(self, name)
+            if value is not None and (value.ndim != 2 or value.shape[1] != length):
+                raise ValueError(f"RelativeBias.{name} has shape {value.shape}; it must be [B or 1, {length}].")
+        one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        got = jax.eval_shape(self.function, self.params, one, one).shape
+        if len(got) != 4 or got[1] not in (1, query.shape[2]):
+            raise ValueError(
+                f"RelativeBias.function gives {got} for one query and one key; it must give "
+                f"[1, N, 1, 1] with N = {query.shape[2]} query heads."
+            )
+
+    def _evaluate(self, query_positions: Array, key_positions: Array) -> Array:
+        own_query, own_key = self.query_positions, self.key_positions
+        query_positions = query_positions if own_query is None else own_query
+        key_positions = key_positions if own_key is None else own_key
+        return self.function(self.params, query_positions, key_positions).astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ContextualBias(Bias):
+    """Contextual Position Encoding (CoPE): positions are counted by gates that depend on the context.
+
+        g_ij  = sigmoid(gate_scale * q_i . k'_j + gate_bias)        0 where i may not attend to j
+        p_ij  = min(sum of g_ik over keys k from j to i, P - 1)
+        bias  = bias_scale * interp(q_i . table, p_ij)              linear between neighbouring rows of the table
+
+    Departures: the derivative by p is the slope to the right at whole numbers, where the paper's ceil/floor code
+    has slope 0, and it is 0 from p = P - 1 on. "From j to i" follows the order of the keys in memory.
+
+    Args:
+        table: float [P, H], shared by the heads, or [N, P, H].
+        gate_key: what takes the place of the key in the gates, [B, S, M, H] where M divides N; None: the key.
+        gate_bias: scalar or [N]; None: 0. Infinity makes every gate 1: a relative table capped at P - 1.
+        gate_scale: None means the attention's own scale (the paper's Appendix B).
+        bias_scale: 1 is the paper's Appendix B; the official repository's default is the attention's scale.
+        direction: None demands causal attention. "backward" counts, for any mask, from the last key that the query may
+            see down to j; "forward" from the first one up to j.
+
+    References:
+        Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's Important,
+        arXiv:2405.18719, equations 3 to 6 and Appendix B.
+    """
+
+    table: Float[Array, "*N P H"]
+    gate_key: Num[Array, "B S M H"] | None = None
+    gate_bias: Float[Array, "*N"] | None = None
+    gate_scale: float | None = dataclasses.field(default=None, metadata={"static": True})
+    bias_scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    direction: Literal["backward", "forward"] | None = dataclasses.field(default=None, metadata={"static": True})
+    axes: ClassVar = {"gate_key": (None, 1)}
+    runs: ClassVar = True
+
+    @property
+    def num_positions(self) -> int:
+        """P, the number of rows of the table."""
+        return self.table.shape[-2]
+
+    def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
+        """The formula, literally: gates, their sum up to the query, interpolation in q . table."""
+        query = jnp.swapaxes(query, 1, 2).astype(jnp.float32)
+        gate_key = jnp.swapaxes(key if self.gate_key is None else self.gate_key, 1, 2).astype(jnp.float32)
+        gate_key = jnp.repeat(gate_key, query.shape[1] // gate_key.shape[1], axis=1)
+        dots = jnp.einsum("bnth,bnsh->bnts", query, gate_key, precision=_EXACT)
+        gates = jnp.where(allowed, jax.nn.sigmoid(self._gate_logits(dots, scale)), 0.0)
+        count = jax.lax.cumsum(gates, axis=3, reverse=self.direction != "forward")
+        return _interpolate(self._project(query, self.table), count)
+
+    def rows(self, query):
+        """z'_i = q_i . (table - last row): the bias is exactly 0 from P - 1 on, which softmax does not notice."""
+        return self._project(query.astype(jnp.float32), self.table - self.table[..., -1:, :])
+
+    def start(self, shape, valid):
+        """A count of 0 for every query."""
+        count = jnp.zeros(shape, jnp.float32)
+        return count if valid is None else jnp.where(valid[:, None, :], count, jnp.inf)
+
+    def tile(self, rows, tile, carry):
+        """The block's bias; the count grows from right to left. Once finished, the shifted table gives 0."""
+        if carry is None:
+            return jnp.zeros((1, 1, 1, 1), jnp.float32), None
+        if self.direction == "forward":
+            raise NotImplementedError('direction="forward" has no blockwise form; use implementation="reference".')
+        dots = tile.dots if self.gate_key is None else self._gate_dots(tile.query)
+        gates = jnp.where(tile.allowed, jax.nn.sigmoid(self._gate_logits(dots, tile.scale)), 0.0)
+        count = jax.lax.cumsum(gates, axis=3, reverse=True) + carry[..., None]
+        return _interpolate_falling(rows, count), count[..., 0]
+
+    def finished(self, carry):
+        """Every row has counted to P - 1."""
+        return jnp.min(carry) >= self.num_positions - 1
+
+    def check(self, query, key, is_causal):
+        """Shapes of table and gates; a direction must be named where attention is not causal."""
+        _, _, heads, size = query.shape
+        table = self.table.shape
+        if len(table) not in (2, 3) or table[-1] != size or table[:-2] not in ((), (heads,)):
+            raise ValueError(f"table has shape {table}; it must be [P, {size}] or [{heads}, P, {size}].")
+        if table[-2] < 2:
+            raise ValueError(f"table has {table[-2]} positions; P must be at least 2.")
+        if self.gate_key is not None:
+            got = self.gate_key.shape
+            if len(got) != 4 or (*got[:2], got[3]) != (*key.shape[:2], size) or heads % got[2]:
+                want = f"[{key.shape[0]}, {key.shape[1]}, M, {size}] with M dividing {heads}"
+                raise ValueError(f"gate_key has shape {got}; it must be {want}.")
+        if self.gate_bias is not None and jnp.shape(self.gate_bias) not in ((), (heads,)):
+            raise ValueError(f"gate_bias has shape {jnp.shape(self.gate_bias)}; it must be () or ({heads},).")
+        if self.direction not in (None, "backward", "forward"):
+            raise ValueError(f'direction is {self.direction!r}; it must be None, "backward" or "forward".')
+        if not is_causal and self.direction is None:
+            raise ValueError(
+                "a contextual bias counts keys between key and query, which needs is_causal=True; for other masks "
+                'say which way to count: direction="backward" (from the last key seen) or "forward".'
+            )
+
+    def _gate_logits(self, dots: Array, scale: float) -> Array:
+        logits = dots * (scale if self.gate_scale is None else self.gate_scale)
+        if self.gate_bias is None:
+            return logits
+        bias = self.gate_bias.astype(jnp.float32)
+        return logits + jnp.broadcast_to(bias, (dots.shape[1],))[None, :, None, None]
+
+    def _gate_dots(self, query: Array) -> Array:
+        """query . gate key of the block; [B, N, t, s]."""
+        batch, heads, length, size = query.shape
+        gate_key = jnp.swapaxes(self.gate_key, 1, 2).astype(jnp.float32)
+        grouped = query.astype(jnp.float32).reshape(batch, gate_key.shape[1], -1, size)
+        dots = jnp.einsum("bmth,bmsh->bmts", grouped, gate_key, precision=_EXACT)
+        return dots.reshape(batch, heads, length, -1)
+
+    def _project(self, query: Array, table: Array) -> Float[Array, "B N t P"]:
+        """bias_scale * query . table in float32."""
+        letters = "bnth,ph->bntp" if table.ndim == 2 else "bnth,nph->bntp"
+        z = jnp.einsum(letters, query, table.astype(jnp.float32), precision=_EXACT)
+        return z * self.bias_scale
+
+
+def _interpolate(z: Float[Array, "B N t P"], count: Float[Array, "B N t s"]) -> Float[Array, "B N t s"]:
+    """z at the fractional positions min(count, P - 1)."""
+    return _interpolation_parts(z, count)[0]
+
+
+def _interpolation_parts(z: Array, count: Array) -> tuple[Array, Array, Array, Array]:
+    """The value, its slope, and the lower neighbour and the fraction it was found with."""
+    last = z.shape[-1] - 1
+    position = jnp.where(count < last, count, float(last))
+    lower = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)).astype(jnp.int32), 0, last - 1)
+    fraction = position - lower.astype(jnp.float32)
+    at_lower = jnp.take_along_axis(z, lower, axis=-1, mode="promise_in_bounds")
+    slope = jnp.take_along_axis(z, lower + 1, axis=-1, mode="promise_in_bounds") - at_lower
+    return at_lower + fraction * slope, slope, lower, fraction
+
+
+@jax.custom_vjp
+def _interpolate_falling(z: Float[Array, "B N t P"], count: Float[Array, "B N t s"]) -> Float[Array, "B N t s"]:
+    """`_interpolate` for counts that never rise from left to right, with a gradient that needs no scatter."""
+    return _interpolate(z, count)
+
+
+def _interpolate_falling_fwd(z, count):
+    value, slope, lower, fraction = _interpolation_parts(z, count)
+    return value, (jnp.where(count < z.shape[-1] - 1, slope, 0.0), lower, fraction, z)
+
+
+def _interpolate_falling_bwd(residuals, cotangent):
+    """Keys with the same lower neighbour stand together, so each table entry gets a difference of prefix sums."""
+    slope, lower, fraction, z = residuals
+    batch, heads, rows, last = *z.shape[:3], z.shape[3] - 1
+    neighbours = jnp.arange(last + 1, dtype=jnp.int32)
+    find = functools.partial(jnp.searchsorted, side="right", method="scan")
+    # edges[b]: how many keys, all on the left, have a lower neighbour of b or more.
+    edges = jax.vmap(find, in_axes=(0, None))(-lower.reshape(-1, lower.shape[3]), -neighbours)
+    edges = edges.reshape(batch, heads, rows, last + 1).astype(jnp.int32)
+
+    def sums(x: Array) -> Array:
+        prefix = jnp.pad(jax.lax.cumsum(x, axis=3), ((0, 0), (0, 0), (0, 0), (1, 0)))
+        at_edges = jnp.take_along_axis(prefix, edges, axis=3, mode="promise_in_bounds")
+        return at_edges[..., :-1] - at_edges[..., 1:]
+
+    cotangent = jax.lax.optimization_barrier(cotangent)  # or every use computes it again
+    to_upper = sums(cotangent * fraction)
+    to_lower = sums(cotangent) - to_upper
+    none = jnp.zeros_like(to_upper[..., :1])
+    dz = jnp.concatenate([to_lower, none], axis=3) + jnp.concatenate([none, to_upper], axis=3)
+    return dz, cotangent * slope
+
+
+_interpolate_falling.defvjp(_interpolate_falling_fwd, _interpolate_falling_bwd)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BiasSum(Bias):
+    """The sum of several descriptions.
+
+    Only parts with a running state are left out once they have finished.
+    """
+
+    parts: tuple[Bias, ...]
+    axes: ClassVar = {}
+
+    @property
+    def runs(self) -> bool:
+        """Whether a part has a running state."""
+        return any(part.runs for part in self.parts)
+
+    def dense(self, query, key, **context):
+        """The sum of the parts' arrays."""
+        return sum(part.dense(query, key, **context) for part in self.parts)
+
+    def rows(self, query):
+        """The rows of each part."""
+        return tuple(part.rows(query) for part in self.parts)
+
+    def start(self, shape, valid):
+        """The running state of each part."""
+        return tuple(part.start(shape, valid) for part in self.parts)
+
+    def tile(self, rows, tile, carry):
+        """The sum of the parts' blocks."""
+        carries = (None,) * len(self.parts) if carry is None else carry
+        done = [p.tile(r, tile, c) for p, r, c in zip(self.parts, rows, carries, strict=True)]
+        after = None if carry is None else tuple(c for _, c in done)
+        return sum(block for block, _ in done), after
+
+    def finished(self, carry):
+        """Whether every part with a running state is finished."""
+        pairs = zip(self.parts, carry, strict=True)
+        return jnp.all(jnp.stack([part.finished(c) for part, c in pairs if part.runs]))
+
+    def check(self, query, key, is_causal):
+        """Each part checks itself."""
+        for part in self.parts:
+            part.check(query, key, is_causal)
+
+    def pad(self, queries, keys):
+        """Each part padded."""
+        return BiasSum(tuple(part.pad(queries, keys) for part in self.parts))
+
+    def block(self, *where):
+        """Each part's block."""
+        return BiasSum(tuple(part.block(*where) for part in self.parts))
+
+    def map_axes(self, on_axes, elsewhere):
+        """Each part mapped."""
+        return BiasSum(tuple(part.map_axes(on_axes, elsewhere) for part in self.parts))
+
+    def add_block(self, part, query_start, key_start):
+        """Each part's gradients added."""
+        pairs = zip(self.parts, part.parts, strict=True)
+        return BiasSum(tuple(total.add_block(new, query_start, key_start) for total, new in pairs))

@@ -1,0 +1,79 @@
+"""Attention with Linear Biases (ALiBi): logits fall with the distance, at each head's own slope."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from posjax.bias import RelativeBias
+from posjax.encodings.base import PositionEncoding
+from posjax.types import Array, Float, Num, PyTree
+
+__all__ = ["ALiBi", "LinearDistance", "alibi_slopes"]
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """The slope of each head.
+
+        2^(-8 n / N) for n = 1 ... N                   where N = heads is a power of 2
+        slopes(C) + every other one of slopes(2 C)     for other N; C is the power of 2 below N
+
+    The second line is the official code's.
+
+    Raises:
+        ValueError: fewer than 1 head.
+
+    >>> alibi_slopes(4)
+    (0.25, 0.0625, 0.015625, 0.00390625)
+    """
+    if heads < 1:
+        raise ValueError(f"heads is {heads}; it must be at least 1.")
+    power = 1 << (heads.bit_length() - 1)
+    slopes = tuple(2.0 ** (-8 * n / power) for n in range(1, power + 1))
+    return slopes if power == heads else slopes + alibi_slopes(2 * power)[::2][: heads - power]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearDistance:
+    """-slope * |query position - key position| for each head, as a function for `RelativeBias`.
+
+    The slopes are constants of the compiled program, so no gradient is computed for them.
+    """
+
+    slopes: tuple[float, ...]
+
+    def __call__(
+        self, params: PyTree, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]
+    ) -> Float[Array, "#B N T S"]:
+        """The bias in float32; `params` is not used."""
+        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+        slopes = jnp.asarray(self.slopes, jnp.float32)[None, :, None, None]
+        return -slopes * jnp.abs(distance).astype(jnp.float32)
+
+
+class ALiBi(PositionEncoding):
+    """Subtracts the distance, times a fixed slope for each head, from the logits.
+
+        logit_ij = H^-0.5 q_i . k_j - slope_n |i - j|            slopes: `alibi_slopes`
+
+    The same in every layer, not trained, and not multiplied by the attention's scale. With causal
+    attention j <= i, so this is the paper's -slope (i - j); the official code adds slope * j
+    instead, which is the same to softmax. The paper defines causal attention only; without it, this
+    is the symmetric form.
+
+    Every length is defined: far keys just fade, which keeps perplexity level beyond the trained
+    length.
+
+    References:
+        Press, Smith, Lewis, Train Short, Test Long: Attention with Linear Biases Enables Input
+        Length Extrapolation, arXiv:2108.12409, section 3.
+
+    >>> x, p = jnp.ones((1, 3, 1, 4)), jnp.array([[0, 1, 2]])
+    >>> bias = ALiBi().apply({}, x, x, x, p, p, method="bias")
+    >>> bias.function.slopes
+    (0.00390625,)
+    """
+
+    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+        """The linear bias for query's heads."""
+        function = LinearDistance(alibi_slopes(query.shape[2]))
+        return RelativeBias(function, None, query_indices, key_indices)

@@ -1,0 +1,117 @@
+"""Contextual Position Encoding (CoPE, arXiv:2405.18719): positions are counted by gates that depend on the context."""
+
+import math
+from typing import ClassVar, Literal, Self
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from posjax.bias import ContextualBias
+from posjax.encodings.base import PositionEncoding
+
+__all__ = ["CoPE"]
+
+
+class CoPE(PositionEncoding):
+    """Contextual Position Encoding: the distance to a key is a sum of gates, and gates look at query and key.
+
+        g_ij  = sigmoid(q_i . k'_j * H^-0.5 + gate_bias)                    for every head
+        p_ij  = min(sum of g_ik over k from j to i, num_positions - 1)
+        logit = H^-0.5 q_i . k_j + interp(q_i . table, p_ij)
+
+    The pure form is `posjax.ContextualBias`. Fields:
+
+        num_positions: P, the rows of the table; counts beyond P - 1 are all position P - 1.
+        per_head: one table for each head, [N, P, H], instead of one for all, [P, H] (the paper and its code).
+        gate_source: k' is the key ("logits"), an own projection of the layer's input ("key"; the official code's
+            --cope-sep-key), the value ("value"; --cope-val-gates), or every gate is 1 ("ones"): a relative table
+            capped at P - 1, the control that shows what the context adds.
+        gate_bias: added to the gates' logits (one number for each head). Below 0 gates start rare, so counts reach
+            far before they saturate; a saturated count has no gradient.
+        train_gate_bias: whether gate_bias is a parameter.
+        table_deviation: standard deviation of the table at the start. At 0 (the paper's code) gates get no gradient
+            from positions until the table has moved, and the model may stay long where it started.
+        scaled: multiply the position term by H^-0.5 too. The paper's Appendix B does not; the official repository does
+            by default (--cope-nodiv turns it off).
+
+    Any length is defined: beyond the trained one counts go on and saturate at P - 1. Attention must be causal.
+
+    References:
+        Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's Important,
+        arXiv:2405.18719, equations 3 to 6 and Appendix B.
+    """
+
+    num_positions: int = 64
+    per_head: bool = False
+    gate_source: Literal["logits", "key", "value", "ones"] = "logits"
+    gate_bias: float = -2.0
+    train_gate_bias: bool = False
+    table_deviation: float = 0.1
+    scaled: bool = False
+    is_causal_only: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.num_positions < 2:
+            raise ValueError(f"CoPE num_positions is {self.num_positions}; it must be at least 2.")
+        sources = ("logits", "key", "value", "ones")
+        if self.gate_source not in sources:
+            raise ValueError(
+                f"CoPE gate_source is {self.gate_source!r}; it must be one of {sources}."
+            )
+        if self.table_deviation < 0:
+            raise ValueError(
+                f"CoPE table_deviation is {self.table_deviation}; it must be 0 or more."
+            )
+        super().__post_init__()
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The published setting (Appendix B): a zero table and gates without bias."""
+        return cls(gate_bias=0.0, table_deviation=0.0)
+
+    @classmethod
+    def capped(cls) -> Self:
+        """The control with all gates 1: learned relative positions, capped at num_positions - 1."""
+        return cls(gate_source="ones")
+
+    def setup(self):
+        self.gate_projection = _HeadProjection()
+
+    def remember(self, inputs, kv_heads, head_size):
+        """Gate keys, where they have a projection of their own."""
+        return (
+            self.gate_projection(inputs, kv_heads, head_size) if self.gate_source == "key" else None
+        )
+
+    @nn.compact
+    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+        """The contextual bias with this layer's table."""
+        heads, size = query.shape[2:]
+        shape = (heads, self.num_positions, size) if self.per_head else (self.num_positions, size)
+        table = self.param(
+            "table", nn.initializers.normal(self.table_deviation), shape, jnp.float32
+        )
+        bias_scale = size**-0.5 if self.scaled else 1.0
+        if self.gate_source == "ones":
+            return ContextualBias(
+                table, None, jnp.float32(math.inf), gate_scale=0.0, bias_scale=bias_scale
+            )
+        gate_key = {"logits": None, "key": memory, "value": value}[self.gate_source]
+        return ContextualBias(table, gate_key, self._gate_bias(heads), bias_scale=bias_scale)
+
+    def _gate_bias(self, heads: int):
+        if self.train_gate_bias:
+            return self.param(
+                "gate_bias", nn.initializers.constant(self.gate_bias), (heads,), jnp.float32
+            )
+        return jnp.float32(self.gate_bias) if self.gate_bias else None
+
+
+class _HeadProjection(nn.Module):
+    """A linear map to heads, sized when it is called."""
+
+    @nn.compact
+    def __call__(self, inputs, heads: int, head_size: int):
+        return nn.DenseGeneral(
+            (heads, head_size), use_bias=False, dtype=inputs.dtype, name="projection"
+        )(inputs)

@@ -1,0 +1,92 @@
+"""Sinusoidal position encoding: sines and cosines of the position, added to the embeddings."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.encodings.base import PositionEncoding
+from posjax.types import Array, Float, Num
+
+__all__ = ["Sinusoidal", "sinusoids"]
+
+
+def sinusoids(
+    positions: Num[Array, "B T"],
+    width: int,
+    *,
+    base: float = 10_000.0,
+    layout: Literal["interleaved", "concatenated"] = "interleaved",
+) -> Float[Array, "B T D"]:
+    """Sines and cosines of every position.
+
+        angle_m = position * base^(-2m / width)            m = 0 ... width / 2 - 1
+        interleaved:  channels 2m and 2m + 1 are sin(angle_m) and cos(angle_m)
+        concatenated: channels m and m + width / 2 are sin(angle_m) and cos(angle_m)
+
+    Args:
+        width: number of channels D, even.
+        base: greater than 1.
+
+    Returns:
+        float32, between -1 and 1.
+
+    Raises:
+        ValueError: an odd width.
+
+    >>> sinusoids(jnp.array([[0, 1]]), 4)[0, 0].tolist()
+    [0.0, 1.0, 0.0, 1.0]
+    """
+    if width < 2 or width % 2:
+        raise ValueError(f"width is {width}; it must be even, for sines and cosines in pairs.")
+    frequencies = jnp.asarray(base ** (-np.arange(0, width, 2) / width), jnp.float32)
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    waves = jnp.sin(angles), jnp.cos(angles)
+    if layout == "concatenated":
+        return jnp.concatenate(waves, axis=-1)
+    return jnp.stack(waves, axis=-1).reshape(*positions.shape, width)
+
+
+class Sinusoidal(PositionEncoding):
+    """Adds sines and cosines of the position to the token embeddings, once.
+
+        embedding_p + scale * sinusoids(p)            `sinusoids` has the formula
+
+    The paper multiplies the token embeddings by sqrt(D) before the sum; here `scale` makes the
+    waves smaller instead (D^-0.5 gives the paper's proportion where token embeddings have deviation
+    D^-0.5). The paper's text interleaves sines and cosines, its code (tensor2tensor) concatenates
+    them; the two differ by a permutation of channels, which matters for loaded weights only. The
+    lowest frequency is 1 / base in that code; in the text, and here, it is base^(2 / D) / base.
+
+    Every position is defined; beyond the trained length the model sees combinations of angles it
+    has never seen, and perplexity rises at once (arXiv:2108.12409, figure 1).
+
+    Args:
+        base: the slowest wave is about 2 pi base positions long; above 1.
+        scale: factor of the waves, above 0.
+
+    References:
+        Vaswani et al., Attention Is All You Need, arXiv:1706.03762, section 3.5.
+
+    >>> Sinusoidal().apply({}, jnp.zeros((1, 1, 4)), jnp.array([[0]]), method="embed").tolist()
+    [[[0.0, 1.0, 0.0, 1.0]]]
+    """
+
+    base: float = 10_000.0
+    layout: Literal["interleaved", "concatenated"] = "interleaved"
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if not self.base > 1:
+            raise ValueError(f"Sinusoidal base is {self.base}; it must be greater than 1.")
+        if self.layout not in ("interleaved", "concatenated"):
+            wanted = '"interleaved" or "concatenated"'
+            raise ValueError(f"Sinusoidal layout is {self.layout!r}; it must be {wanted}.")
+        if not self.scale > 0:
+            raise ValueError(f"Sinusoidal scale is {self.scale}; it must be greater than 0.")
+        super().__post_init__()
+
+    def embed(self, embeddings, indices):
+        """The embeddings plus the waves, summed in float32."""
+        waves = sinusoids(indices, embeddings.shape[-1], base=self.base, layout=self.layout)
+        return (embeddings.astype(jnp.float32) + self.scale * waves).astype(embeddings.dtype)

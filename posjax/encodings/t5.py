@@ -1,0 +1,158 @@
+"""T5's relative bias: a trained number for each head and bucket of distances, on the logits."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.bias import RelativeBias
+from posjax.encodings.base import PositionEncoding
+from posjax.types import Array, Float, Int
+
+__all__ = ["BucketTable", "T5Bias", "t5_buckets"]
+
+
+def t5_buckets(
+    relative: Int[Array, "*shape"],
+    *,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+    bidirectional: bool = False,
+) -> Int[Array, "*shape"]:
+    """The bucket of each relative position: near ones one by one, far ones in growing steps.
+
+        causal:        n = num_buckets,      a = max(-relative, 0)
+        bidirectional: n = num_buckets / 2,  a = |relative|;  n is added where relative > 0
+        bucket = a                                                   where a < e = floor(n / 2)
+                 min(e + floor(log(a / e) / log(max_distance / e) * (n - e)), n - 1)       else
+
+    The edges of the buckets are found in whole numbers, once, so all devices agree. Published code
+    takes the logarithm in float32, where rounding can put a distance that lies exactly on an edge
+    into the bucket below.
+
+    Args:
+        relative: position of the key minus position of the query.
+        num_buckets: at least 2; bidirectional at least 4 and even.
+        max_distance: greater than e; from here on all share the last bucket (with the causal
+            defaults from 113 on).
+
+    Raises:
+        ValueError: settings outside these ranges.
+
+    >>> t5_buckets(jnp.array([-200, -113, -16, -15, 0, 9])).tolist()
+    [31, 31, 16, 15, 0, 0]
+    """
+    buckets = jnp.asarray(_all_buckets(num_buckets, max_distance, bidirectional))
+    index = jnp.clip(relative, -max_distance, max_distance) + max_distance
+    return buckets.at[index].get(mode="promise_in_bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketTable:
+    """table[bucket(key position - query position)], as a function for `RelativeBias`."""
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+
+    def __call__(
+        self,
+        table: Float[Array, "P N"],
+        query_positions: Int[Array, "#B T"],
+        key_positions: Int[Array, "#B S"],
+    ) -> Float[Array, "#B N T S"]:
+        """The bias in float32."""
+        buckets = _all_buckets(self.num_buckets, self.max_distance, self.bidirectional)
+        by_distance = table.astype(jnp.float32)[buckets]
+        relative = key_positions[:, None, :] - query_positions[:, :, None]
+        index = jnp.clip(relative, -self.max_distance, self.max_distance) + self.max_distance
+        return jnp.moveaxis(by_distance.at[index].get(mode="promise_in_bounds"), -1, 1)
+
+
+class T5Bias(PositionEncoding):
+    """Adds a trained number to the logits for each head and bucket of distances (`t5_buckets`).
+
+        logit_ij = H^-0.5 q_i . k_j + table[bucket(j - i), n]
+
+    T5 itself has no H^-0.5 (its initial query kernel is smaller instead): pass `scale=1.0` to
+    `posjax.dot_product_attention` to run T5 weights. Parameter: table [num_buckets, N], float32.
+
+    Every length is defined; far keys share the last bucket, so attention spreads thinner over
+    longer contexts.
+
+    Args:
+        num_buckets: at least 2; bidirectional at least 4 and even.
+        max_distance: distances from about here on share the last bucket.
+        bidirectional: half of the buckets for keys after the query; else all of those share bucket
+            0, which is right for causal attention.
+        share_layers: one table for all layers, as in T5; else one in each layer.
+        initial_deviation: standard deviation of the table at the start; D^-0.5 in Hugging Face's.
+
+    References:
+        Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+        Transformer, arXiv:1910.10683, section 2.1.
+
+    >>> import jax
+    >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
+    >>> T5Bias(share_layers=False).init(jax.random.key(0), x, x, x, p, p, method="bias")
+    {'params': {'table': ...}}
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+    share_layers: bool = True
+    initial_deviation: float = 0.02
+
+    def __post_init__(self):
+        _all_buckets(self.num_buckets, self.max_distance, self.bidirectional)
+        if not self.initial_deviation >= 0:
+            deviation = self.initial_deviation
+            raise ValueError(f"T5Bias initial_deviation is {deviation}; it must be 0 or more.")
+        super().__post_init__()
+
+    def shared(self, heads):
+        """The table of all layers, [num_buckets, N]; None where each layer has its own."""
+        return self._table(heads) if self.share_layers else None
+
+    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+        """The bias for query's heads."""
+        if self.share_layers and shared is None:
+            wanted = "hand over what `shared` returned, or set share_layers=False"
+            raise ValueError(f"T5Bias has share_layers=True, but shared is None; {wanted}.")
+        table = shared if self.share_layers else self._table(query.shape[2])
+        function = BucketTable(self.num_buckets, self.max_distance, self.bidirectional)
+        return RelativeBias(function, table, query_indices, key_indices)
+
+    @nn.compact
+    def _table(self, heads: int) -> Float[Array, "P N"]:
+        start = nn.initializers.normal(self.initial_deviation)
+        return self.param("table", start, (self.num_buckets, heads), jnp.float32)
+
+
+@functools.cache
+def _all_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """The buckets of the relative positions -max_distance ... max_distance."""
+    if num_buckets < (4 if bidirectional else 2) or (bidirectional and num_buckets % 2):
+        wanted = "an even number of at least 4" if bidirectional else "at least 2"
+        raise ValueError(f"T5Bias num_buckets is {num_buckets}; it must be {wanted}.")
+    side = num_buckets // 2 if bidirectional else num_buckets
+    exact = side // 2
+    if max_distance <= exact:
+        wanted = f"exceed {exact}, the distances with a bucket of their own"
+        raise ValueError(f"T5Bias max_distance is {max_distance}; it must {wanted}.")
+    distance = np.arange(max_distance + 1)
+    edges = [_edge(step, side - exact, exact, max_distance) for step in range(1, side - exact)]
+    before = np.minimum(distance, exact) + np.searchsorted(edges, distance, side="right")
+    after = before[1:] + side if bidirectional else np.zeros(max_distance, int)
+    return np.concatenate((before[::-1], after)).astype(np.int32)
+
+
+def _edge(step: int, steps: int, exact: int, max_distance: int) -> int:
+    """The smallest a with log(a / exact) / log(max_distance / exact) * steps >= step."""
+    edge = int(exact * (max_distance / exact) ** (step / steps)) - 1
+    while edge**steps * exact**step < max_distance**step * exact**steps:
+        edge += 1
+    return edge

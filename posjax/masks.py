@@ -1,0 +1,137 @@
+"""Who may attend to whom, as data: a description that any block of the [T, S] matrix can be read from.
+
+True always means: may attend.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from posjax.types import Array, Bool, Int
+
+__all__ = ["Mask", "Side"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The queries' or the keys' side of a mask.
+
+    `valid` tells real tokens from padding that a blockwise implementation added.
+    """
+
+    positions: Int[Array, "#B T"]
+    segment_ids: Int[Array, "#B T"] | None = None
+    valid: Bool[Array, "#B T"] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.positions.shape[1]
+
+    def pad(self, amount: int) -> "Side":
+        """Appends `amount` invalid tokens and marks the others valid."""
+        width = ((0, 0), (0, amount))
+        valid = self.valid if self.valid is not None else jnp.ones((1, self.length), bool)
+        segment_ids = None if self.segment_ids is None else jnp.pad(self.segment_ids, width, mode="edge")
+        return Side(jnp.pad(self.positions, width, mode="edge"), segment_ids, jnp.pad(valid, width))
+
+    def block(self, start: Int[Array, ""] | int, size: int) -> "Side":
+        """The `size` tokens from `start` on."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """All restrictions of one attention call; they hold together (logical and).
+
+    Args:
+        query: positions and segments of the queries.
+        key: positions and segments of the keys.
+        array: an explicit mask, or None.
+        is_causal: a key is seen only from its own position on (key position <= query position).
+        window: (left, right), the farthest key positions seen before and after the query position; None: no limit.
+    """
+
+    query: Side
+    key: Side
+    array: Bool[Array, "#B #N T S"] | None = None
+    is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    window: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def is_trivial(self) -> bool:
+        """True when every query may attend to every key."""
+        parts = (self.array, self.query.segment_ids, self.window, self.query.valid, self.key.valid)
+        return not self.is_causal and all(part is None for part in parts)
+
+    def dense(self) -> Bool[Array, "#B #N #T #S"]:
+        """The mask as one array."""
+        query, key = self.query, self.key
+        distance = query.positions[:, :, None] - key.positions[:, None, :]
+        allowed = jnp.ones((1, query.length, key.length), bool)
+        if self.is_causal:
+            allowed &= distance >= 0
+        if self.window is not None:
+            allowed &= (distance <= self.window[0]) & (distance >= -self.window[1])
+        if query.segment_ids is not None and key.segment_ids is not None:
+            allowed &= query.segment_ids[:, :, None] == key.segment_ids[:, None, :]
+        if query.valid is not None:
+            allowed &= query.valid[:, :, None]
+        if key.valid is not None:
+            allowed &= key.valid[:, None, :]
+        allowed = allowed[:, None]
+        return allowed if self.array is None else allowed & self.array
+
+    def pad(self, queries: int, keys: int) -> "Mask":
+        """The mask with invalid queries and keys appended."""
+        array = self.array
+        if array is not None:
+            array = jnp.pad(array, ((0, 0), (0, 0), (0, queries), (0, keys)))
+        return dataclasses.replace(self, query=self.query.pad(queries), key=self.key.pad(keys), array=array)
+
+    def block(self, query_start: Int[Array, ""], query_size: int, key_start: Int[Array, ""], key_size: int) -> "Mask":
+        """The same restrictions between `query_size` queries and `key_size` keys."""
+        array = self.array
+        if array is not None:
+            array = jax.lax.dynamic_slice_in_dim(array, query_start, query_size, axis=2)
+            array = jax.lax.dynamic_slice_in_dim(array, key_start, key_size, axis=3)
+        query = self.query.block(query_start, query_size)
+        key = self.key.block(key_start, key_size)
+        return dataclasses.replace(self, query=query, key=key, array=array)
+
+    def block_range(self, block_q: int, block_k: int) -> tuple[Int[Array, "blocks"], Int[Array, "blocks"]]:
+        """First and last block of keys that a block of queries can see at all, for every block of queries.
+
+        A bound from the smallest and largest position and segment of each block: blocks outside hold no visible
+        key; a block inside may still be masked in parts. Where nothing is visible, first > last.
+        """
+        seen = self._blocks_seen(block_q, block_k)
+        count = seen.shape[1]
+        first = jnp.where(jnp.any(seen, axis=1), jnp.argmax(seen, axis=1), 1)
+        last = jnp.where(jnp.any(seen, axis=1), count - 1 - jnp.argmax(seen[:, ::-1], axis=1), 0)
+        return first.astype(jnp.int32), last.astype(jnp.int32)
+
+    def _blocks_seen(self, block_q: int, block_k: int) -> Bool[Array, "blocks_q blocks_k"]:
+        query_low, query_high = _block_bounds(self.query.positions, block_q)
+        key_low, key_high = _block_bounds(self.key.positions, block_k)
+        seen = jnp.ones((1, query_low.shape[1], key_low.shape[1]), bool)
+        if self.is_causal:
+            seen &= key_low[:, None, :] <= query_high[:, :, None]
+        if self.window is not None:
+            left, right = self.window
+            seen &= key_high[:, None, :] >= query_low[:, :, None] - left
+            seen &= key_low[:, None, :] <= query_high[:, :, None] + right
+        if self.query.segment_ids is not None and self.key.segment_ids is not None:
+            query_low, query_high = _block_bounds(self.query.segment_ids, block_q)
+            key_low, key_high = _block_bounds(self.key.segment_ids, block_k)
+            seen &= (key_low[:, None, :] <= query_high[:, :, None]) & (key_high[:, None, :] >= query_low[:, :, None])
+        return jnp.any(seen, axis=0)
+
+
+def _block_bounds(values: Int[Array, "#B T"], size: int) -> tuple[Int[Array, "#B blocks"], Int[Array, "#B blocks"]]:
+    """Smallest and largest value of each block of `size` tokens."""
+    blocks = values.reshape(values.shape[0], -1, size)
+    return blocks.min(axis=-1), blocks.max(axis=-1)

@@ -1,0 +1,58 @@
+"""Decoding with a cache: one prefill of the prompt, then one token at a time."""
+
+import jax
+import jax.numpy as jnp
+
+from posjax.models.transformer import Cache, Transformer
+from posjax.types import Array, Int, PyTree
+
+__all__ = ["generate", "init_cache"]
+
+
+def init_cache(model: Transformer, variables: PyTree, batch: int, length: int) -> Cache:
+    """An empty cache with room for `length` tokens in each of `batch` rows."""
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    _, shapes = jax.eval_shape(lambda tokens: model.apply(variables, tokens, keep=True), tokens)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def generate(
+    model: Transformer,
+    variables: PyTree,
+    prompt: Int[Array, "B T"],
+    steps: int,
+    *,
+    temperature: float = 0.0,
+    key: Array | None = None,
+) -> Int[Array, "B steps"]:
+    """Continues each row of `prompt` by `steps` tokens.
+
+    Args:
+        variables: as given to `model.apply`.
+        temperature: 0 takes the most likely token; above 0 samples from softmax(logits / temperature).
+        key: random key for sampling.
+
+    Raises:
+        ValueError: steps < 1, an empty prompt, a negative temperature, or sampling without a key.
+        posjax.positions.LengthError: prompt and steps together are longer than a table of the encoding.
+    """
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise ValueError(f"prompt has shape {prompt.shape}; it must be [batch, length], neither of them 0.")
+    if steps < 1 or temperature < 0:
+        raise ValueError(f"steps is {steps} and temperature {temperature}; they must be >= 1 and >= 0.")
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature is {temperature}; sampling needs a random key.")
+    batch, length = prompt.shape
+    cache = init_cache(model, variables, batch, length + steps)
+    logits, cache = model.apply(variables, prompt, cache=cache)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, steps)
+
+    def step(state, key):
+        last, cache = state
+        scaled = last / temperature if temperature else last
+        token = jax.random.categorical(key, scaled) if temperature else jnp.argmax(last, axis=-1)
+        logits, cache = model.apply(variables, token[:, None].astype(jnp.int32), cache=cache)
+        return (logits[:, -1], cache), token.astype(jnp.int32)
+
+    _, tokens = jax.lax.scan(step, (logits[:, -1], cache), keys)
+    return tokens.T

@@ -1,0 +1,159 @@
+"""A decoder-only transformer that takes its position encoding as an argument."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from posjax.encodings.base import PositionEncoding
+from posjax.models.config import TransformerConfig
+from posjax.models.layers import Block, Context, LayerState, norm, write_at
+from posjax.positions import segment_positions, sequence_positions
+from posjax.types import Array, Float, Int, PyTree
+
+__all__ = ["Cache", "Transformer"]
+
+
+class Cache(NamedTuple):
+    """Everything the model keeps of the tokens seen so far; room for S tokens."""
+
+    length: Int[Array, ""]  # tokens seen
+    carry: PyTree  # of the encoding's positions
+    indices: PyTree  # of the encoding, for the keys, [B, S, ...]
+    layers: tuple[LayerState, ...] | LayerState  # with scan_layers one state with a leading layer axis
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer: token embedding, L blocks, norm, output head.
+
+    Parameters (D width, N and K heads of size H, F = mlp_ratio * D, V vocabulary), besides the encoding's own:
+
+        embedding     V D                  normal, deviation D^-0.5
+        each block    2 D H (N + K)        attention kernels, without bias
+                      2 D F + F + D        MLP; with a gate 3 D F + 2 F + D
+                      4 D                  two LayerNorms; RMSNorm 2 D
+        final norm    2 D                  only norm="pre"; RMSNorm D
+        head          V D                  unless tied_embeddings
+
+    Kernels start normal with variance 1 / inputs; those that write to the residual stream are smaller by
+    sqrt(2 L). The encoding's parameters stand under "encoding": at the top what is made once, in each block
+    what each layer has.
+
+    >>> model = Transformer(TransformerConfig(), vocab_size=7)
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+    >>> model.apply(params, jnp.zeros((1, 3), jnp.int32)).shape
+    (1, 3, 7)
+    """
+
+    config: TransformerConfig
+    vocab_size: int
+    encoding: PositionEncoding | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        deterministic: bool = True,
+        cache: Cache | None = None,
+        keep: bool = False,
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
+        """Logits for the next token at every place, in float32.
+
+        Args:
+            positions: handed to the encoding; by default 0, 1, ..., starting again in every packed segment.
+            segment_ids: tokens see only tokens of their own segment.
+            deterministic: False in training: dropout (rng stream "dropout") and random positions ("encoding").
+            cache: the tokens before these; the result is then (logits, cache).
+            keep: return (logits, cache) without a cache to start from.
+
+        Raises:
+            ValueError: segment_ids together with a cache.
+            posjax.positions.LengthError: more tokens than a table of the encoding has rows.
+        """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids and cache cannot be used together: a cache holds one sequence a row.")
+        config = self.config
+        own = PositionEncoding(parent=None) if self.encoding is None else self.encoding
+        context, carry = self._context(own, tokens, positions, segment_ids, deterministic, cache)
+        embedding = nn.Embed(
+            self.vocab_size,
+            config.width,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.initializers.normal(config.width**-0.5),
+            name="embedding",
+        )
+        x = own.embed(embedding(tokens), context.query_indices)
+        x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
+        x, layers = self._blocks(x, own, context, cache, deterministic)
+        logits = self._head(x, embedding)
+        if cache is None and not keep:
+            return logits
+        seen = tokens.shape[1] if cache is None else cache.length + tokens.shape[1]
+        return logits, Cache(jnp.asarray(seen, jnp.int32), carry, context.key_indices, layers)
+
+    def _context(self, encoding, tokens, positions, segment_ids, deterministic, cache) -> tuple[Context, PyTree]:
+        """Place 1, and what else all layers share."""
+        batch, length = tokens.shape
+        offset = None if cache is None else cache.length
+        places = sequence_positions(batch, length, 0 if cache is None else offset)
+        if positions is None:
+            positions = places if segment_ids is None else segment_positions(segment_ids)
+        indices, carry = encoding.positions(
+            tokens,
+            positions,
+            None if cache is None else cache.carry,
+            segment_ids=segment_ids,
+            deterministic=deterministic,
+        )
+        keys = indices
+        if cache is not None:
+            keys = jax.tree.map(lambda old, new: write_at(old, new, offset), cache.indices, indices)
+        shared = encoding.shared(self.config.heads)
+        places = None if cache is None else places
+        return Context(indices, keys, places, segment_ids, shared, offset), carry
+
+    def _blocks(self, x, encoding, context: Context, cache: Cache | None, deterministic: bool):
+        """All blocks, one after another or scanned."""
+        config = self.config
+
+        def layer_encoding() -> PositionEncoding:
+            return encoding.clone(parent=None, name=None)  # unbound: each layer makes its own parameters
+
+        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
+        if config.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True, "encoding": True},
+                in_axes=(0 if cache is not None else nn.broadcast, nn.broadcast),
+                length=config.layers,
+            )
+            layers = scanned(config, layer_encoding(), deterministic, name="layers")
+            return layers(x, None if cache is None else cache.layers, context)
+        states = []
+        for index in range(config.layers):
+            cached = None if cache is None else cache.layers[index]
+            x, state = block(config, layer_encoding(), deterministic, name=f"layer_{index}")(x, cached, context)
+            states.append(state)
+        return x, tuple(states)
+
+    def _head(self, x, embedding: nn.Embed) -> Float[Array, "B T V"]:
+        if self.config.norm == "pre":
+            x = norm(self.config, "final_norm")(x)
+        if self.config.tied_embeddings:
+            return embedding.attend(x).astype(jnp.float32)
+        kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        head = nn.Dense(
+            self.vocab_size,
+            use_bias=False,
+            dtype=self.config.dtype,
+            param_dtype=self.config.param_dtype,
+            kernel_init=kernel_init,
+            name="head",
+        )
+        return head(x).astype(jnp.float32)

@@ -1,0 +1,35 @@
+"""Axis letters and array types, in one place.
+
+| letter | axis                                                        |
+|--------|-------------------------------------------------------------|
+| B      | batch                                                       |
+| T      | query length                                                |
+| S      | key length                                                  |
+| N      | query heads                                                 |
+| K      | key/value heads (K divides N)                               |
+| G      | query heads per key/value head, N / K                       |
+| H      | head size                                                   |
+| D      | model width                                                 |
+| P      | number of positions in a table                              |
+| V      | vocabulary size                                             |
+| L      | layers                                                      |
+| t, s   | a block of queries, a block of keys (inside kernels)        |
+
+The letters stand in annotations (`Float[Array, "B T N H"]`), in einsums and in the documentation, always with
+this meaning. Query, key and value have the layout of `jax.nn.dot_product_attention`: [B, length, heads, H].
+"""
+
+from typing import Any, Literal
+
+from jax import Array
+from jaxtyping import Bool, Float, Int, Num
+
+__all__ = ["Array", "Bool", "Float", "Implementation", "Int", "Num", "PyTree", "Window"]
+
+PyTree = Any
+
+# Which code computes attention; None lets `posjax.dot_product_attention` choose.
+Implementation = Literal["reference", "xla", "tpu", "gpu"]
+
+# Keys at most `left` positions before and `right` positions after the query may be attended to.
+Window = int | tuple[int, int] | None
