@@ -329,7 +329,7 @@ def _join(x: Num[Array, "blocks B N t *H"]) -> Num[Array, "B N T *H"]:
     return jnp.moveaxis(x, 0, 2).reshape(batch, heads, blocks * size, *rest)
 
 
-def _heads_first(x: Num[Array, "B T N H"], padding: int) -> Num[Array, "B N T H"]:
+def _heads_first(x: Num[Array, "B T N H"], padding: int) -> Num[Array, "B N padded H"]:
     """Heads before lengths, with zeros appended to the length."""
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
 

@@ -1,0 +1,49 @@
+"""Real compilers for chips that are not there: TPUs through libtpu, an H200 through XLA:GPU.
+
+Both come with the extra `aot`. A compilation proves that the code lowers, fits, and how much memory
+it takes; it proves no numbers and no speed.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+H200 = Path(__file__).parent / "data" / "h200.txtpb"
+
+
+def tpu_topology(name: str) -> topologies.TopologyDescription:
+    """A described TPU slice, such as "v5e:2x2"; the test is left out without libtpu."""
+    pytest.importorskip("libtpu", reason="libtpu (extra `aot`) is needed")
+    if jax.default_backend() != "tpu":
+        # Spares libtpu's questions about the machine it runs on.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_WORKER_ID", "0")
+    return topologies.get_topology_desc(name, platform="tpu")
+
+
+def h200_topology() -> topologies.TopologyDescription:
+    """One described H200; the test is left out without jax's CUDA 13 plugin."""
+    pytest.importorskip(
+        "jax_cuda13_plugin", reason="jax-cuda13-plugin (extra `aot`) compiles for it"
+    )
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H200.read_text(), topology="1x1x1"
+    )
+
+
+def topology(name: str) -> topologies.TopologyDescription:
+    """By name: "h200" or a TPU slice."""
+    return h200_topology() if name == "h200" else tpu_topology(name)
+
+
+def compiled(function, topology: topologies.TopologyDescription, *arguments) -> jax.stages.Compiled:
+    """The function compiled for the first device, for arguments with these shapes and dtypes."""
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    described = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
+    )
+    return jax.jit(function).lower(*described).compile()

@@ -1,0 +1,81 @@
+"""How every test runs: 8 CPU devices unless JAX_PLATFORMS says otherwise; no silent promotion."""
+
+import importlib.metadata
+import os
+
+# Before the first import of jax. Workers share a GPU, so none may take all of its memory.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# libtpu as a compiler on a machine without a TPU: ask no server, let several workers load it.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import hypothesis
+import jax
+import jaxtyping
+import matplotlib
+import pytest
+
+import tests.typecheck
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+matplotlib.use("agg")
+# Kernels only: elsewhere a wrong argument must meet our own ValueError, not jaxtyping's.
+jaxtyping.install_import_hook("posjax.kernels", f"{tests.typecheck.__name__}.checked")
+
+hypothesis.settings.register_profile(
+    "posjax",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=20,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("posjax")
+
+# Distribution -> what is not tested without it.
+OPTIONAL = {
+    "torch": "agreement with PyTorch code: RoPE, ALiBi, T5 and CoPE of other libraries",
+    "transformers": "agreement with Hugging Face's ALiBi, T5 and RoPE",
+    "x-transformers": "agreement with x-transformers' CoPE",
+    "libtpu": "compilation for TPUs (extra `aot`)",
+    "jax-cuda13-plugin": "compilation for an H200 (extra `aot`)",
+    "nbclient": "execution of the notebooks (extra `notebooks`)",
+}
+
+
+@pytest.fixture(autouse=True)
+def promotion(request):
+    """Lets a test marked `standard_promotion` run third-party code that mixes dtypes."""
+    if request.node.get_closest_marker("standard_promotion") is None:
+        yield
+    else:
+        with jax.numpy_dtype_promotion("standard"):
+            yield
+
+
+def installed(distribution: str) -> bool:
+    """Whether a distribution is there, without importing it."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def pytest_report_header(config):
+    """Says at the top which versions run."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}; {versions}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says at the bottom what was not tested because an optional package is missing."""
+    missing = {name: what for name, what in OPTIONAL.items() if not installed(name)}
+    if missing:
+        terminalreporter.section("not tested: optional packages are missing")
+        for name, what in missing.items():
+            terminalreporter.line(f"{name}: {what}")

@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posjax import dot_product_attention
+from posjax.encodings import ALiBi
+from posjax.encodings.alibi import LinearDistance, alibi_slopes
+
+
+def bias_of(heads, query_positions, key_positions):
+    query = jnp.zeros((1, query_positions.shape[1], heads, 4))
+    key = jnp.zeros((1, key_positions.shape[1], 1, 4))
+    places = query_positions, key_positions
+    bias = ALiBi().apply({}, query, key, key, *places, method="bias")
+    return bias.dense(query, key, scale=1.0, allowed=None, query_positions=None, key_positions=None)
+
+
+def test_slopes_by_hand():
+    eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert list(alibi_slopes(8)) == eight
+    assert list(alibi_slopes(1)) == [1 / 256]
+    assert list(alibi_slopes(2)) == [1 / 16, 1 / 256]
+    np.testing.assert_allclose(alibi_slopes(12), [*eight, *(2.0 ** -np.arange(0.5, 4))])
+    np.testing.assert_allclose(alibi_slopes(3), [1 / 16, 1 / 256, 1 / 4])
+
+
+@given(st.integers(1, 200))
+def test_every_head_has_its_own_slope(heads):
+    slopes = alibi_slopes(heads)
+    assert len(set(slopes)) == heads
+    assert all(0 < slope < 1 for slope in slopes)
+
+
+def test_three_tokens_by_hand():
+    places = jnp.array([[0, 1, 2]])
+    bias = bias_of(2, places, places)
+    distance = np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0]])
+    np.testing.assert_array_equal(
+        bias, -distance[None, None] * np.array([1 / 16, 1 / 256])[None, :, None, None]
+    )
+
+
+@given(shift=st.integers(-(2**20), 2**20))
+def test_depends_on_the_distance_only(shift):
+    places = jnp.array([[0, 3, 40, 1000]])
+    np.testing.assert_array_equal(
+        bias_of(3, places, places), bias_of(3, places + shift, places + shift)
+    )
+
+
+def test_large_distances_are_exact():
+    far = jnp.array([[0]]), jnp.array([[2**24 - 1, 2**24 - 2]])
+    assert bias_of(1, *far)[0, 0, 0].tolist() == [-(2**24 - 1) / 256, -(2**24 - 2) / 256]
+
+
+def test_has_no_parameters_and_equal_ones_compile_once():
+    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
+    assert ALiBi().init(jax.random.key(0), x, x, x, places, places, method="bias") == {}
+    assert LinearDistance(alibi_slopes(2)) == LinearDistance(alibi_slopes(2))
+    bias = ALiBi().apply({}, x, x, x, places, places, method="bias")
+    assert not [x for x in jax.tree.leaves(bias) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def test_the_official_form_gives_the_same_attention():
+    """slope * j instead of -slope * (i - j) shifts each row, which softmax does not notice."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 4, 8))
+    places = jnp.arange(6)[None]
+    bias = ALiBi().apply({}, q, k, v, places, places, method="bias")
+    slopes = jnp.array(alibi_slopes(4))[None, :, None, None]
+    official = jnp.broadcast_to(slopes * jnp.arange(6.0)[None, None, None, :], (1, 4, 6, 6))
+    outputs = [dot_product_attention(q, k, v, b, is_causal=True) for b in (bias, official)]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 12, 20])
+def test_equals_hugging_face_bloom(heads):
+    reason = "compares with Hugging Face's code"
+    torch = pytest.importorskip("torch", reason=reason)
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom", reason=reason)
+    length = 7
+    want = bloom.build_alibi_tensor(torch.ones(1, length), heads, torch.float32).numpy()
+    last = bias_of(heads, jnp.array([[length - 1]]), jnp.arange(length)[None])[0, :, 0]
+    np.testing.assert_allclose(last - last[:, :1], want[:, 0], rtol=1e-5, atol=1e-7)
+
+
+def test_heads_must_be_there():
+    with pytest.raises(ValueError, match="heads is 0; it must be at least 1"):
+        alibi_slopes(0)

@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posjax import BiasSum, RelativeBias
+from posjax.encodings import (
+    Abacus,
+    ALiBi,
+    Combine,
+    CoPE,
+    LearnedAbsolute,
+    RoPE,
+    Sinusoidal,
+    T5Bias,
+)
+from posjax.encodings.base import PositionEncoding
+from posjax.encodings.rope import rotate
+
+TOKENS = jnp.array([list(b"12+3")])
+PLACES = jnp.arange(4)[None]
+X = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+
+
+class Gain(PositionEncoding):
+    """Multiplies embeddings, query and key: does not commute with addition."""
+
+    factor: float = 2.0
+
+    def embed(self, embeddings, indices):
+        return self.factor * embeddings
+
+    def rotate(self, query, key, query_indices, key_indices):
+        return self.factor * query, key + 1
+
+    def remember(self, inputs, kv_heads, head_size):
+        return self.factor
+
+
+def test_each_part_has_its_own_indices_and_carry():
+    combined = Combine((Abacus(), RoPE(), Abacus(digits=(ord("+"),))))
+    indices, carry = combined.apply({}, TOKENS, PLACES, method="positions")
+    np.testing.assert_array_equal(
+        jnp.stack(indices), [[[1, 2, 0, 1]], [[0, 1, 2, 3]], [[0, 0, 1, 0]]]
+    )
+    assert jax.tree.map(lambda x: x.tolist(), carry) == ([1], None, [0])
+    after, _ = combined.apply({}, TOKENS[:, :1], PLACES[:, :1] + 4, carry, method="positions")
+    assert jax.tree.map(lambda x: x.tolist(), after) == ([[2]], [[4]], [[0]])
+
+
+def test_parts_embed_and_rotate_in_order():
+    x = jnp.ones((1, 4, 2))
+    waves = Sinusoidal().apply({}, jnp.zeros_like(x), PLACES, method="embed")
+    for parts, want in (
+        ((Sinusoidal(), Gain()), 2 * (1 + waves)),
+        ((Gain(), Sinusoidal()), 2 + waves),
+    ):
+        out = Combine(parts).apply({}, x, (PLACES, PLACES), method="embed")
+        np.testing.assert_allclose(out, want, rtol=1e-6)
+    query, key = Combine((RoPE(), Gain())).apply(
+        {}, X, X, (PLACES,) * 2, (PLACES,) * 2, method="rotate"
+    )
+    np.testing.assert_allclose(query, 2 * rotate(X, PLACES), rtol=1e-6)
+    np.testing.assert_allclose(key, rotate(X, PLACES) + 1, rtol=1e-6)
+
+
+def bias_of(*parts, shared=None, memory=None):
+    places = (PLACES,) * len(parts)
+    rest = memory, shared
+    return Combine(parts).apply({}, X, X, X, places, places, *rest, method="bias")
+
+
+def test_biases_are_summed():
+    assert bias_of(RoPE(), Sinusoidal()) is None
+    assert isinstance(bias_of(RoPE(), ALiBi()), RelativeBias)
+    both = bias_of(ALiBi(), RoPE(), ALiBi())
+    assert isinstance(both, BiasSum)
+    context = {"scale": 1.0, "allowed": None, "query_positions": None, "key_positions": None}
+    np.testing.assert_allclose(
+        both.dense(X, X, **context), 2 * bias_of(ALiBi()).dense(X, X, **context)
+    )
+
+
+def test_memory_and_shared_reach_their_part():
+    table = jnp.ones((32, 2))
+    assert bias_of(RoPE(), T5Bias(), shared=(None, table)).params is table
+    combined = Combine((Gain(), RoPE(), Gain(3.0)))
+    assert combined.apply({}, X, 2, 8, method="remember") == (2.0, None, 3.0)
+    combined = Combine((T5Bias(), T5Bias(num_buckets=8)))
+    shared, variables = combined.init_with_output(jax.random.key(0), 2, method="shared")
+    assert [table.shape for table in shared] == [(32, 2), (8, 2)]
+    assert sorted(variables["params"]) == ["encodings_0", "encodings_1"]
+
+
+def test_parts_of_one_kind_have_their_own_parameters():
+    part = LearnedAbsolute(max_length=4)
+    x, places = jnp.zeros((1, 4, 2)), (PLACES, PLACES)
+    params = Combine((part, part)).init(jax.random.key(0), x, places, method="embed")["params"]
+    assert sorted(params) == ["encodings_0", "encodings_1"]
+    assert not np.allclose(params["encodings_0"]["table"], params["encodings_1"]["table"])
+
+
+def test_combinations_nest():
+    nested = Combine((Abacus(), Combine((RoPE(), ALiBi()))))
+    indices, _ = nested.apply({}, TOKENS, PLACES, method="positions")
+    assert jax.tree.map(jnp.shape, indices) == ((1, 4), ((1, 4), (1, 4)))
+    bias = nested.apply({}, X, X, X, indices, indices, method="bias")
+    assert isinstance(bias, RelativeBias)
+
+
+def test_one_causal_part_makes_it_causal():
+    assert not Combine((RoPE(), ALiBi())).is_causal_only
+    assert Combine((RoPE(), CoPE())).is_causal_only
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ((), r"encodings is \(\); it must hold at least one"),
+        ((RoPE(), None), r"encodings\[1\] is None; it must be a PositionEncoding"),
+        (("rope",), r"encodings\[0\] is 'rope'"),
+    ],
+)
+def test_bad_settings(parts, words):
+    with pytest.raises(ValueError, match=words):
+        Combine(parts)

@@ -1,0 +1,67 @@
+"""Masks against literal matrices."""
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posjax.masks import Mask, Side
+
+
+def mask(queries: int, keys: int, **settings) -> Mask:
+    return Mask(Side(jnp.arange(queries)[None]), Side(jnp.arange(keys)[None]), **settings)
+
+
+def test_causal():
+    assert mask(3, 3, is_causal=True).dense()[0, 0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_window():
+    got = mask(4, 4, window=(1, 0)).dense()[0, 0].astype(int).tolist()
+    assert got == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_segments_and_positions():
+    ids = jnp.array([[0, 0, 1]])
+    side = Side(jnp.arange(3)[None], ids)
+    assert Mask(side, side).dense()[0, 0].astype(int).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    late = Mask(Side(jnp.array([[1]])), Side(jnp.arange(3)[None]), is_causal=True)
+    assert late.dense()[0, 0].astype(int).tolist() == [[1, 1, 0]]
+
+
+def test_padding_is_never_allowed():
+    got = mask(2, 2).pad(1, 2).dense()[0, 0].astype(int).tolist()
+    assert got == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_trivial_only_without_restriction():
+    assert mask(2, 3).is_trivial
+    assert not mask(2, 3, is_causal=True).is_trivial
+    assert not mask(2, 3, array=jnp.ones((1, 1, 2, 3), bool)).is_trivial
+    assert not mask(2, 3).pad(0, 1).is_trivial
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.booleans(),
+    st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    st.booleans(),
+    st.integers(0, 8),
+)
+def test_a_block_equals_its_part_of_the_dense_mask_and_ranges_leave_nothing_out(
+    blocks_q, blocks_k, causal, window, segments, offset
+):
+    block_q, block_k = 2, 3
+    queries, keys = blocks_q * block_q, blocks_k * block_k
+    query_ids, key_ids = (jnp.arange(n)[None] // 4 if segments else None for n in (queries, keys))
+    query = Side(jnp.arange(queries)[None] + offset, query_ids)
+    whole = Mask(query, Side(jnp.arange(keys)[None], key_ids), is_causal=causal, window=window)
+    dense = np.asarray(whole.dense()[0, 0])
+    first, last = (np.asarray(x) for x in whole.block_range(block_q, block_k))
+    for i in range(blocks_q):
+        for j in range(blocks_k):
+            part = dense[i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
+            got = whole.block(jnp.int32(i * block_q), block_q, jnp.int32(j * block_k), block_k).dense()
+            np.testing.assert_array_equal(got[0, 0], part)
+            assert first[i] <= j <= last[i] or not part.any()
