@@ -1,13 +1,15 @@
-"""Time and memory of attention: CoPE dense, CoPE blockwise, and attention without encoding, side by side.
+"""Time and memory of attention: CoPE dense, CoPE blockwise, and attention without encoding, side by
+side.
 
     python benchmarks/attention.py                                  T = 4096 on the device JAX finds
     python benchmarks/attention.py --lengths 1024 4096 --rounds 7
     python benchmarks/attention.py --lengths 16384 --contenders cope_xla --output long.json
 
-All contenders take turns in one process, so a machine that slows down slows all of them; times are medians. Before any
-time is taken every contender is checked against the reference on a small problem. Peak memory is that of a process of
-its own for each contender, minus what the process had before: resident memory on a CPU, the allocator's peak elsewhere.
-PyTorch, if it is installed, runs the paper's dense form on the same data (on the CPU, or on the GPU that it finds).
+All contenders take turns in one process, so a machine that slows down slows all of them; times are
+medians. Before any time is taken every contender is checked against the reference on a small
+problem. Peak memory is that of a process of its own for each contender, minus what the process had
+before: resident memory on a CPU, the allocator's peak elsewhere. PyTorch, if it is installed, runs
+    the paper's dense form on the same data (on the CPU, or on the GPU that it finds).
 """
 
 import dataclasses
@@ -67,7 +69,12 @@ def problem(settings: Settings, length: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     shape = (settings.batch, length, settings.heads, settings.head_size)
     kv_shape = (settings.batch, length, settings.kv_heads, settings.head_size)
-    made = {"query": shape, "key": kv_shape, "value": kv_shape, "table": (settings.positions, settings.head_size)}
+    made = {
+        "query": shape,
+        "key": kv_shape,
+        "value": kv_shape,
+        "table": (settings.positions, settings.head_size),
+    }
     arrays = {name: random.standard_normal(size, np.float32) for name, size in made.items()}
     arrays["table"] *= 0.1
     return arrays
@@ -78,17 +85,25 @@ def gate_bias(settings: Settings) -> float:
     return float(np.log(settings.gate / (1 - settings.gate)))
 
 
-# --- contenders: settings and arrays -> for each pass a function without arguments that waits for its result ------
+# --- contenders: settings and arrays -> for each pass a function without arguments that waits for
+# its result ------
 
 
-def _jax_passes(settings: Settings, arrays: dict, implementation: str | None, contextual: bool) -> dict[str, Callable]:
-    inputs = {n: jnp.asarray(x, settings.dtype if n != "table" else jnp.float32) for n, x in arrays.items()}
+def _jax_passes(
+    settings: Settings, arrays: dict, implementation: str | None, contextual: bool
+) -> dict[str, Callable]:
+    inputs = {
+        n: jnp.asarray(x, settings.dtype if n != "table" else jnp.float32)
+        for n, x in arrays.items()
+    }
     bias = jnp.float32(gate_bias(settings))
 
     def attend(inputs):
         described = ContextualBias(inputs["table"], gate_bias=bias) if contextual else None
         q, k, v = inputs["query"], inputs["key"], inputs["value"]
-        return dot_product_attention(q, k, v, described, is_causal=True, implementation=implementation)
+        return dot_product_attention(
+            q, k, v, described, is_causal=True, implementation=implementation
+        )
 
     forward = jax.jit(attend)
     backward = jax.jit(jax.grad(lambda inputs: jnp.sum(attend(inputs).astype(jnp.float32) ** 2)))
@@ -97,13 +112,16 @@ def _jax_passes(settings: Settings, arrays: dict, implementation: str | None, co
 
 
 def _torch_passes(settings: Settings, arrays: dict) -> dict[str, Callable]:
-    """The paper's Appendix B in eager PyTorch: masked logits, gates, their reversed running sum, two gathers."""
+    """The formula of the paper's Appendix B in eager PyTorch, on [T, T] matrices."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, settings.dtype)
     q, k, v = (
-        torch.tensor(arrays[n], dtype=dtype, device=device).transpose(1, 2).contiguous().requires_grad_()
+        torch.tensor(arrays[n], dtype=dtype, device=device)
+        .transpose(1, 2)
+        .contiguous()
+        .requires_grad_()
         for n in ("query", "key", "value")
     )
     table = torch.tensor(arrays["table"], dtype=dtype, device=device, requires_grad=True)
@@ -112,8 +130,16 @@ def _torch_passes(settings: Settings, arrays: dict) -> dict[str, Callable]:
 
     def attend():
         keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        logits = (q @ keys.transpose(-1, -2) * settings.head_size**-0.5).masked_fill(future, float("-inf"))
-        count = torch.sigmoid(logits + bias).flip(-1).cumsum(-1).flip(-1).clamp(max=settings.positions - 1)
+        logits = (q @ keys.transpose(-1, -2) * settings.head_size**-0.5).masked_fill(
+            future, float("-inf")
+        )
+        count = (
+            torch.sigmoid(logits + bias)
+            .flip(-1)
+            .cumsum(-1)
+            .flip(-1)
+            .clamp(max=settings.positions - 1)
+        )
         lower, upper = count.floor().long(), count.ceil().long()
         z = q @ table.T
         fraction = count - lower
@@ -139,7 +165,10 @@ def _torch_passes(settings: Settings, arrays: dict) -> dict[str, Callable]:
 
 
 CONTENDERS: dict[str, tuple[str, Callable[[Settings, dict], dict[str, Callable]]]] = {
-    "plain": ("jax.nn attention, no encoding (dense on CPU)", lambda s, a: _jax_passes(s, a, None, False)),
+    "plain": (
+        "jax.nn attention, no encoding (dense on CPU)",
+        lambda s, a: _jax_passes(s, a, None, False),
+    ),
     "plain_xla": ("posjax blockwise, no encoding", lambda s, a: _jax_passes(s, a, "xla", False)),
     "cope_reference": ("posjax CoPE, dense", lambda s, a: _jax_passes(s, a, "reference", True)),
     "cope_xla": ("posjax CoPE, blockwise", lambda s, a: _jax_passes(s, a, "xla", True)),
@@ -169,7 +198,10 @@ def check(settings: Settings, names: list[str]) -> None:
                 error = float(np.max(np.abs(np.asarray(a) - np.asarray(b))))
                 limit = 1e-5 if step == "forward" else 1e-4 * max(1.0, float(np.max(np.abs(b))))
                 if error > limit:
-                    raise SystemExit(f"{name} is wrong: {step} differs by {error:.1e} > {limit:.0e}; nothing is timed")
+                    raise SystemExit(
+                        f"{name} is wrong: {step} differs by {error:.1e} > {limit:.0e}; "
+                        "nothing is timed"
+                    )
 
 
 def times(settings: Settings, length: int, names: list[str]) -> dict[str, dict[str, list[float]]]:
@@ -190,7 +222,16 @@ def times(settings: Settings, length: int, names: list[str]) -> dict[str, dict[s
 
 def peak_memory(settings: Settings, length: int, name: str) -> float | None:
     """GiB that forward and backward add to a process of their own; None where it died."""
-    words = [sys.executable, __file__, "--memory-of", name, "--lengths", str(length), "--dtype", settings.dtype]
+    words = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        name,
+        "--lengths",
+        str(length),
+        "--dtype",
+        settings.dtype,
+    ]
     for field in ("batch", "heads", "kv_heads", "head_size", "positions", "gate"):
         words += [f"--{field.replace('_', '-')}", str(getattr(settings, field))]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -199,7 +240,9 @@ def peak_memory(settings: Settings, length: int, name: str) -> float | None:
 
 def print_memory(settings: Settings) -> None:
     """What `peak_memory` reads: runs one contender once."""
-    run = CONTENDERS[settings.memory_of][1](settings, problem(settings, settings.lengths[0]))[PASSES[1]]
+    run = CONTENDERS[settings.memory_of][1](settings, problem(settings, settings.lengths[0]))[
+        PASSES[1]
+    ]
     before = _peak_bytes()
     run()
     print((_peak_bytes() - before) / 2**30)
@@ -223,9 +266,17 @@ def environment() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    cpu = next((x for x in _cpu_lines() if "model name" in x), ": unknown").partition(":")[2].strip()
+    cpu = (
+        next((x for x in _cpu_lines() if "model name" in x), ": unknown").partition(":")[2].strip()
+    )
     device = jax.devices()[0].device_kind
-    return {"device": device, "cpu": cpu, "cores": str(len(_affinity())), "python": platform.python_version(), **versions}
+    return {
+        "device": device,
+        "cpu": cpu,
+        "cores": str(len(_affinity())),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def _cpu_lines() -> list[str]:
@@ -236,7 +287,11 @@ def _cpu_lines() -> list[str]:
 def _affinity() -> list[int]:
     import os
 
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
 
 
 def show(console: Console, length: int, rows: dict[str, dict]) -> None:
@@ -280,7 +335,12 @@ def main(settings: Settings) -> None:
         console.print(f"not run, torch is not installed: {', '.join(missing)}")
     if settings.output:
         command = "python benchmarks/attention.py " + " ".join(sys.argv[1:])
-        content = {"command": command, **environment(), "settings": dataclasses.asdict(settings), "results": results}
+        content = {
+            "command": command,
+            **environment(),
+            "settings": dataclasses.asdict(settings),
+            "results": results,
+        }
         Path(settings.output).write_text(json.dumps(content, indent=1) + "\n")
 
 

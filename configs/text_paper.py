@@ -5,7 +5,7 @@ from posjax.training import Config, OptimizerConfig, TrainConfig
 
 
 def text_paper() -> Config:
-    """Language modelling at the size of the CoPE paper: 12 layers, width 768, 1024 tokens (GPU, TPU).
+    """Language modelling at the size of the CoPE paper: 12 layers, width 768 (GPU, TPU).
 
     What it shows: the model of section 5.4 of arXiv:2405.18719, on bytes instead of words, so
     perplexities are not comparable with the paper's. Batch and learning rate are usual values for

@@ -18,5 +18,5 @@ class Blocks:
 
 
 def blockwise_sizes(queries: int, keys: int) -> Blocks:
-    """Sizes for `kernels.blockwise`: at most 256, and no larger than the sequence rounded up to 8."""
+    """Sizes for `kernels.blockwise`: 256, or the sequence rounded up to 8 where it is shorter."""
     return Blocks(*(min(256, -(-max(length, 1) // 8) * 8) for length in (queries, keys)))

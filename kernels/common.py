@@ -19,13 +19,13 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def _group_rows(x: Num[Array, "B N t H"], kv_heads: int) -> Num[Array, "B K Gt H"]:
-    """Puts the query heads of one key/value head under each other, so that they share its products."""
+    """Puts the query heads of one key/value head under each other, to share its products."""
     batch, _, _, size = x.shape
     return x.reshape(batch, kv_heads, -1, size)
 
 
 def dots(query: Num[Array, "B N t H"], key: Num[Array, "B K s H"]) -> Float[Array, "B N t s"]:
-    """query . key in float32 for grouped heads."""
+    """Query . key in float32 for grouped heads."""
     batch, heads, length, _ = query.shape
     product = _row_products(_group_rows(query, key.shape[1]), key)
     return product.reshape(batch, heads, length, key.shape[2])
@@ -33,7 +33,7 @@ def dots(query: Num[Array, "B N t H"], key: Num[Array, "B K s H"]) -> Float[Arra
 
 @jax.custom_vjp
 def _row_products(a: Num[Array, "B K r H"], b: Num[Array, "B K s H"]) -> Float[Array, "B K r s"]:
-    """a . b accumulated in float32; its gradients are products in the inputs' own dtype."""
+    """A . b accumulated in float32; its gradients are products in the inputs' own dtype."""
     return _contract("bkrh,bksh->bkrs", a, b)
 
 
@@ -47,21 +47,27 @@ def _row_products_bwd(residuals, cotangent):
 _row_products.defvjp(lambda a, b: (_row_products(a, b), (a, b)), _row_products_bwd)
 
 
-def weighted_sum(weights: Float[Array, "B N t s"], value: Num[Array, "B K s H"]) -> Float[Array, "B N t H"]:
+def weighted_sum(
+    weights: Float[Array, "B N t s"], value: Num[Array, "B K s H"]
+) -> Float[Array, "B N t H"]:
     """Sum of value rows in float32 for grouped heads."""
     batch, heads, length, _ = weights.shape
     grouped = _group_rows(weights, value.shape[1]).astype(value.dtype)
     return _contract("bkrs,bksh->bkrh", grouped, value).reshape(batch, heads, length, -1)
 
 
-def transposed_sum(weights: Float[Array, "B N t s"], cotangent: Num[Array, "B N t H"], kv_heads: int) -> Array:
-    """Sum over queries of weight times cotangent row, [B, K, s, H] in float32: the gradient of the values."""
+def transposed_sum(
+    weights: Float[Array, "B N t s"], cotangent: Num[Array, "B N t H"], kv_heads: int
+) -> Array:
+    """Gradient of the values: sum over queries of weight times cotangent, [B, K, s, H]."""
     grouped = _group_rows(weights, kv_heads).astype(cotangent.dtype)
     return _contract("bkrs,bkrh->bksh", grouped, _group_rows(cotangent, kv_heads))
 
 
 def _contract(letters: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(letters, a, b, precision=_precision(a.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        letters, a, b, precision=_precision(a.dtype), preferred_element_type=jnp.float32
+    )
 
 
 class Softmax(NamedTuple):
@@ -80,7 +86,9 @@ class Softmax(NamedTuple):
         row = jnp.full(shape[:3], MASKED, jnp.float32)
         return cls(row, jnp.zeros_like(row), jnp.zeros(shape, jnp.float32))
 
-    def update(self, logits: Float[Array, "B N t s"], allowed: Array | None, value: Array) -> "Softmax":
+    def update(
+        self, logits: Float[Array, "B N t s"], allowed: Array | None, value: Array
+    ) -> "Softmax":
         """The state after one more block; `allowed` None means all."""
         if allowed is not None:
             logits = jnp.where(allowed, logits, MASKED)

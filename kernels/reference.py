@@ -1,6 +1,6 @@
-"""Attention as its formula: dense, float32 inside. This is the specification of every other implementation.
+"""Attention as its formula, dense and float32 inside: the specification of every implementation.
 
-    output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j      over the keys j that i may attend to
+output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
 """
 
 import jax
@@ -23,7 +23,7 @@ def attention(
     *,
     scale: float,
 ) -> Num[Array, "B T N H"]:
-    """Dense attention; a query that may attend to nothing gives 0. Memory: several [B, N, T, S] arrays."""
+    """Dense attention, in several [B, N, T, S] arrays; a query that sees nothing gives 0."""
     groups = query.shape[2] // key.shape[2]
     exact = jax.lax.Precision.HIGHEST
     q = query.astype(jnp.float32)

@@ -1,8 +1,9 @@
 """Runs an attention kernel on each device's own part of the batch.
 
-A loop whose length depends on data cannot be split by the compiler without talking to the other devices at every step.
-Under `jax.set_mesh` the kernel is therefore put into `jax.shard_map`, with batches over the axes "data" and "fsdp": each
-device stops its own walk when its own rows have saturated, and nothing is communicated.
+A loop whose length depends on data cannot be split by the compiler without talking to the other
+devices at every step. Under `jax.set_mesh` the kernel is therefore put into `jax.shard_map`, with
+batches over the axes "data" and "fsdp": each device stops its own walk when its own rows have
+saturated, and nothing is communicated.
 """
 
 import math
@@ -23,10 +24,10 @@ _BATCH_AXES = ("data", "fsdp")
 def over_mesh(
     run: Callable[..., Array], query: Array, key: Array, value: Array, bias: Bias | None, mask: Mask
 ) -> Array:
-    """`run(query, key, value, bias, mask)`, split over the batch axes of the current mesh where there is one.
+    """`run(query, key, value, bias, mask)`, split over the batch axes of the current mesh.
 
-    A batch that the mesh does not divide is computed whole on every device, and inside a `shard_map` of the caller
-    nothing changes.
+    A batch that the mesh does not divide is computed whole on every device, and inside a
+    `shard_map` of the caller nothing changes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(name for name in _BATCH_AXES if mesh.shape.get(name, 1) > 1)

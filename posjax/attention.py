@@ -1,9 +1,9 @@
-"""`posjax.dot_product_attention`: checks its arguments, chooses an implementation, and nothing else."""
+"""`posjax.dot_product_attention`: checks its arguments and chooses an implementation."""
 
 import jax
 import jax.numpy as jnp
 
-from posjax.bias import ArrayBias, Bias, as_bias
+from posjax.bias import Bias, as_bias
 from posjax.kernels import blocks, blockwise, reference, sharding
 from posjax.masks import Mask, Side
 from posjax.types import Array, Bool, Float, Implementation, Int, Num, Window
@@ -29,35 +29,39 @@ def dot_product_attention(
     local_window_size: Window = None,
     implementation: Implementation | None = None,
 ) -> Num[Array, "B T N H"]:
-    """Scaled dot-product attention with a described bias; drops in for `jax.nn.dot_product_attention`.
+    """Scaled dot-product attention with a described bias.
 
-        output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j      over the keys j that i may attend to
+        output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the j that i sees
 
-    A query that may attend to no key gives 0. Softmax, gates and counts are float32 whatever the inputs.
+    It is called like `jax.nn.dot_product_attention`, and drops in for it. A query that may attend
+    to no key gives 0. Softmax, gates and counts are float32 whatever the inputs.
 
     Args:
-        query: N heads of float32, bfloat16 or float16; key and value have K heads, and K divides N (query head n uses
-            key head n // (N / K)).
-        bias: a description (`ContextualBias`, `RelativeBias`, ...) or an array; added after scaling. All its
-            floating-point arrays receive gradients.
+        query: N heads of float32, bfloat16 or float16; key and value have K heads, and K divides N
+            (query head n uses key head n // (N / K)).
+        bias: a description (`ContextualBias`, `RelativeBias`, ...) or an array; added after
+            scaling. All its floating-point arrays receive gradients.
         mask: True where the query may attend to the key.
         scale: a Python number; None means H ** -0.5.
         is_causal: keys at positions greater than the query's are not seen.
-        query_positions: place of each query in its sequence, for `is_causal`, `local_window_size` and relative
-            biases; 0 ... T - 1 by default. Give offsets here when decoding. Keys stand in memory in the order of
-            their positions (a contextual bias counts in that order).
+        query_positions: place of each query in its sequence, for `is_causal`, `local_window_size`
+            and relative biases; 0 ... T - 1 by default. Give offsets here when decoding. Keys stand
+            in memory in the order of their positions (a contextual bias counts in that order).
         query_segment_ids: tokens see only tokens of the same id (packed sequences). With T == S,
             `key_segment_ids` defaults to the same array.
-        local_window_size: (left, right), or one number for both: keys farther from the query are not seen.
-        implementation: "reference" (dense, float32 inside), "xla" (blockwise, O(T) memory, any backend), "tpu", "gpu";
-            None chooses: `jax.nn.dot_product_attention` without bias and with at most `is_causal`, else "xla".
+        local_window_size: (left, right), or one number for both: keys farther from the query are
+            not seen.
+        implementation: "reference" (dense, float32 inside), "xla" (blockwise, O(T) memory, any
+            backend), "tpu", "gpu"; None chooses: `jax.nn.dot_product_attention` without bias and
+            with at most `is_causal`, else "xla".
 
     Returns:
         An array like query, in query's dtype.
 
     Raises:
         ValueError: arguments that do not fit together, named with their values.
-        NotImplementedError: a combination that the implementation cannot do, with what to use instead.
+        NotImplementedError: a combination that the implementation cannot do, with what to use
+            instead.
 
     >>> q = k = v = jnp.ones((1, 4, 2, 8))
     >>> dot_product_attention(q, k, v, is_causal=True).shape
@@ -115,21 +119,36 @@ def _only_causal(mask: Mask, square: bool) -> bool:
 def _check_arrays(query: Array, key: Array, value: Array) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {x.shape}; it must be [batch, length, heads, head size], none of them 0.")
+            raise ValueError(
+                f"{name} has shape {x.shape}; it must be [batch, length, heads, head size], "
+                "none of them 0."
+            )
         if x.dtype not in _DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be float32, bfloat16 or float16.")
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; it must be float32, bfloat16 or float16."
+            )
         if x.dtype != query.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}, but query has {query.dtype}; they must be equal.")
+            raise ValueError(
+                f"{name} has dtype {x.dtype}, but query has {query.dtype}; they must be equal."
+            )
     if key.shape != value.shape:
-        raise ValueError(f"key has shape {key.shape}, but value has {value.shape}; they must be equal.")
+        raise ValueError(
+            f"key has shape {key.shape}, but value has {value.shape}; they must be equal."
+        )
     for axis, what in ((0, "batch size"), (3, "head size")):
         if key.shape[axis] != query.shape[axis]:
-            raise ValueError(f"key has {what} {key.shape[axis]}, but query has {query.shape[axis]}.")
+            raise ValueError(
+                f"key has {what} {key.shape[axis]}, but query has {query.shape[axis]}."
+            )
     if query.shape[2] % key.shape[2]:
-        raise ValueError(f"key has {key.shape[2]} heads, which does not divide query's {query.shape[2]}.")
+        raise ValueError(
+            f"key has {key.shape[2]} heads, which does not divide query's {query.shape[2]}."
+        )
 
 
-def _side(name: str, batch: int, length: int, positions: Array | None, segment_ids: Array | None) -> Side:
+def _side(
+    name: str, batch: int, length: int, positions: Array | None, segment_ids: Array | None
+) -> Side:
     if positions is None:
         positions = jnp.arange(length, dtype=jnp.int32)
     positions = _checked_row(f"{name}_positions", positions, batch, length)
@@ -142,7 +161,9 @@ def _checked_row(name: str, x: Array, batch: int, length: int) -> Array:
     x = jnp.asarray(x)
     x = x[None] if x.ndim == 1 else x
     if x.ndim != 2 or x.shape[0] not in (1, batch) or x.shape[1] != length:
-        raise ValueError(f"{name} has shape {x.shape}; it must be ({length},) or ({batch}, {length}).")
+        raise ValueError(
+            f"{name} has shape {x.shape}; it must be ({length},) or ({batch}, {length})."
+        )
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {x.dtype}; it must be an integer array.")
     return x
@@ -154,7 +175,8 @@ def _key_segments(query: Array | None, key: Array | None, queries: int, keys: in
     if query is not None and key is None:
         if queries != keys:
             raise ValueError(
-                f"query_segment_ids is given without key_segment_ids, but there are {queries} queries and {keys} keys."
+                "query_segment_ids is given without key_segment_ids, but there are "
+                f"{queries} queries and {keys} keys."
             )
         return query
     return key
@@ -164,11 +186,19 @@ def _checked_mask(mask: Array | None, query: Array, key: Array) -> Array | None:
     if mask is None:
         return None
     if mask.dtype != jnp.bool_:
-        raise ValueError(f"mask has dtype {mask.dtype}; it must be boolean, True where attention is allowed.")
+        raise ValueError(
+            f"mask has dtype {mask.dtype}; it must be boolean, True where attention is allowed."
+        )
     want = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    fits = mask.ndim == 4 and mask.shape[2:] == want[2:] and all(m in (1, w) for m, w in zip(mask.shape, want, strict=True))
+    fits = (
+        mask.ndim == 4
+        and mask.shape[2:] == want[2:]
+        and all(m in (1, w) for m, w in zip(mask.shape, want, strict=True))
+    )
     if not fits:
-        raise ValueError(f"mask has shape {mask.shape}; it must be [B or 1, N or 1, T, S] = {want}.")
+        raise ValueError(
+            f"mask has shape {mask.shape}; it must be [B or 1, N or 1, T, S] = {want}."
+        )
     return mask
 
 
@@ -185,5 +215,7 @@ def _checked_scale(scale: float | None, size: int) -> float:
     if scale is None:
         return size**-0.5
     if isinstance(scale, jax.Array):
-        raise ValueError("scale is an array; it must be a Python number. Scale the query for anything else.")
+        raise ValueError(
+            "scale is an array; it must be a Python number. Scale the query for anything else."
+        )
     return float(scale)

@@ -1,7 +1,8 @@
 """What a position encoding adds to the logits, described instead of built.
 
-A description is a small pytree. `dense` is its specification: the [B, N, T, S] array it stands for, for tests and
-plots. The other methods let an attention kernel compute any block of that array without ever building it:
+A description is a small pytree. `dense` is its specification: the [B, N, T, S] array it stands for,
+for tests and plots. The other methods let an attention kernel compute any block of that array
+without ever building it:
 
     rows  = bias.rows(query_block)                 once per block of queries
     carry = bias.start(...)                        for the key block nearest to the query
@@ -9,9 +10,10 @@ plots. The other methods let an attention kernel compute any block of that array
         block, carry = bias.tile(rows, tile, carry)
         if bias.finished(carry): go on with carry = None
 
-A running state (`carry`) makes Contextual Position Encoding possible: its count of gates grows from the query
-leftwards. Gradients need no code here: kernels differentiate `rows` and `tile`, and the carry's cotangent runs
-back from left to right. A new description is a new subclass of `Bias`; no kernel changes.
+A running state (`carry`) makes Contextual Position Encoding possible: its count of gates grows from
+the query leftwards. Gradients need no code here: kernels differentiate `rows` and `tile`, and the
+carry's cotangent runs back from left to right. A new description is a new subclass of `Bias`; no
+kernel changes.
 
 Inside kernels heads come before lengths: query [B, N, t, H], logits [B, N, t, s].
 """
@@ -65,7 +67,9 @@ class Bias(abc.ABC):
         """The whole bias as one float32 array: the specification."""
 
     @abc.abstractmethod
-    def tile(self, rows: PyTree, tile: Tile, carry: PyTree) -> tuple[Float[Array, "#B #N t s"], PyTree]:
+    def tile(
+        self, rows: PyTree, tile: Tile, carry: PyTree
+    ) -> tuple[Float[Array, "#B #N t s"], PyTree]:
         """One block of the bias, and the running state for the block on its left.
 
         `carry` is None where the bias has `finished`, and always where it has no running state.
@@ -76,15 +80,22 @@ class Bias(abc.ABC):
         return None
 
     def start(self, shape: tuple[int, int, int], valid: Bool[Array, "#B t"] | None) -> PyTree:
-        """The running state of `shape` [B, N, t] before the first block; rows that are not `valid` never delay `finished`."""
+        """The running state of `shape` [B, N, t] before the first block.
+
+        Rows that are not `valid` never delay `finished`.
+        """
         return None
 
     def finished(self, carry: PyTree) -> Bool[Array, ""]:
         """Whether no block further left needs the running state."""
         return jnp.asarray(False)
 
-    def check(self, query: Array, key: Array, is_causal: bool) -> None:
-        """Raises `ValueError` where the description does not fit query [B, T, N, H] and key [B, S, K, H]."""
+    def check(self, query: Array, key: Array, is_causal: bool) -> None:  # noqa: B027
+        """Checks that the description fits query [B, T, N, H] and key [B, S, K, H].
+
+        Raises:
+            ValueError: it does not; named with the values.
+        """
 
     def pad(self, queries: int, keys: int) -> Self:
         """Zeros appended along the query and the key axis of every field that has one."""
@@ -125,17 +136,24 @@ class Bias(abc.ABC):
             return jax.lax.dynamic_update_slice(value, old + addend, starts)
 
         fields = {name: getattr(self, name) for name in self.axes}
-        added = {name: add_field(value, name) for name, value in fields.items() if value is not None}
+        added = {
+            name: add_field(value, name) for name, value in fields.items() if value is not None
+        }
         return dataclasses.replace(total, **added)
 
     def map_axes(self, on_axes: Callable[[Array], Any], elsewhere: Callable[[Array], Any]) -> Self:
-        """The description with `on_axes` applied to the fields in `axes` (they have a batch axis), `elsewhere` to others."""
+        """The description with functions applied to its arrays.
+
+        `on_axes` is for the fields in `axes` (they have a batch axis), `elsewhere` for the others.
+        """
         mapped = jax.tree.map(elsewhere, _without(self, self.axes))
         values = {name: getattr(self, name) for name in self.axes}
-        return dataclasses.replace(mapped, **{n: on_axes(v) for n, v in values.items() if v is not None})
+        return dataclasses.replace(
+            mapped, **{n: on_axes(v) for n, v in values.items() if v is not None}
+        )
 
     def _with_fields(self, function: Callable[..., Array]) -> Self:
-        """A copy with `function(value, query axis, key axis)` applied to every field that has such an axis."""
+        """A copy with `function(value, query axis, key axis)` applied to each field in `axes`."""
         values = {name: getattr(self, name) for name in self.axes}
         changed = {n: function(v, *self.axes[n]) for n, v in values.items() if v is not None}
         return dataclasses.replace(self, **changed)
@@ -171,11 +189,17 @@ class ArrayBias(Bias):
         batch, queries, heads, _ = query.shape
         want = (batch, heads, queries, key.shape[1])
         got = self.array.shape
-        fits = len(got) == 4 and got[2:] == want[2:] and all(g in (1, w) for g, w in zip(got, want, strict=True))
+        fits = (
+            len(got) == 4
+            and got[2:] == want[2:]
+            and all(g in (1, w) for g, w in zip(got, want, strict=True))
+        )
         if not fits:
             raise ValueError(f"bias has shape {got}; it must be [B or 1, N or 1, T, S] = {want}.")
         if not jnp.issubdtype(self.array.dtype, jnp.floating):
-            raise ValueError(f"bias has dtype {self.array.dtype}; it must be a floating-point array.")
+            raise ValueError(
+                f"bias has dtype {self.array.dtype}; it must be a floating-point array."
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -186,14 +210,17 @@ class RelativeBias(Bias):
         bias[n, i, j] = function(params, query position i, key position j)[n]
 
     Args:
-        function: maps (params, query positions [#B, t], key positions [#B, s]) to float32 [#B, N, t, s]. It must be
-            hashable by value (a module-level function, or a frozen dataclass with `__call__`), so that equal
-            descriptions are compiled once.
+        function: maps (params, query positions [#B, t], key positions [#B, s]) to float32 [#B, N,
+            t, s]. It must be hashable by value (a module-level function, or a frozen dataclass with
+            `__call__`), so that equal descriptions are compiled once.
         params: arrays of the function; they receive gradients.
-        query_positions: positions to use instead of those of the attention call, [B or 1, T]; no gradient.
+        query_positions: positions to use instead of those of the attention call, [B or 1, T]; no
+            gradient.
         key_positions: likewise, [B or 1, S].
 
-    >>> alibi = RelativeBias(lambda slope, i, j: -slope * (i[:, None, :, None] - j[:, None, None, :]), jnp.ones(()))
+    >>> def distance(slope, i, j):
+    ...     return -slope * (i[:, None, :, None] - j[:, None, None, :])
+    >>> bias = RelativeBias(distance, jnp.float32(0.5))
     """
 
     function: Callable[..., Array] = dataclasses.field(metadata={"static": True})
@@ -215,7 +242,9 @@ class RelativeBias(Bias):
         for name, length in (("query_positions", query.shape[1]), ("key_positions", key.shape[1])):
             value = getattr(self, name)
             if value is not None and (value.ndim != 2 or value.shape[1] != length):
-                raise ValueError(f"RelativeBias.{name} has shape {value.shape}; it must be [B or 1, {length}].")
+                raise ValueError(
+                    f"RelativeBias.{name} has shape {value.shape}; it must be [B or 1, {length}]."
+                )
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         got = jax.eval_shape(self.function, self.params, one, one).shape
         if len(got) != 4 or got[1] not in (1, query.shape[2]):
@@ -234,26 +263,32 @@ class RelativeBias(Bias):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ContextualBias(Bias):
-    """Contextual Position Encoding (CoPE): positions are counted by gates that depend on the context.
+    """Contextual Position Encoding (CoPE): gates of query and key count positions.
 
         g_ij  = sigmoid(gate_scale * q_i . k'_j + gate_bias)        0 where i may not attend to j
         p_ij  = min(sum of g_ik over keys k from j to i, P - 1)
-        bias  = bias_scale * interp(q_i . table, p_ij)              linear between neighbouring rows of the table
+        bias  = bias_scale * interp(q_i . table, p_ij)              linear between rows of the table
 
-    Departures: the derivative by p is the slope to the right at whole numbers, where the paper's ceil/floor code
-    has slope 0, and it is 0 from p = P - 1 on. "From j to i" follows the order of the keys in memory.
+    Departures: the derivative by p is the slope to the right at whole numbers, where the paper's
+        ceil/floor code
+    has slope 0, and it is 0 from p = P - 1 on. "From j to i" follows the order of the keys in
+    memory.
 
     Args:
         table: float [P, H], shared by the heads, or [N, P, H].
-        gate_key: what takes the place of the key in the gates, [B, S, M, H] where M divides N; None: the key.
-        gate_bias: scalar or [N]; None: 0. Infinity makes every gate 1: a relative table capped at P - 1.
+        gate_key: what takes the place of the key in the gates, [B, S, M, H] where M divides N;
+            None: the key.
+        gate_bias: scalar or [N]; None: 0. Infinity makes every gate 1: a relative table capped at P
+            - 1.
         gate_scale: None means the attention's own scale (the paper's Appendix B).
-        bias_scale: 1 is the paper's Appendix B; the official repository's default is the attention's scale.
-        direction: None demands causal attention. "backward" counts, for any mask, from the last key that the query may
-            see down to j; "forward" from the first one up to j.
+        bias_scale: 1 is the paper's Appendix B; the official repository's default is the
+            attention's scale.
+        direction: None demands causal attention. "backward" counts, for any mask, from the last key
+            that the query may see down to j; "forward" from the first one up to j.
 
     References:
-        Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's Important,
+        Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's
+        Important,
         arXiv:2405.18719, equations 3 to 6 and Appendix B.
     """
 
@@ -262,7 +297,9 @@ class ContextualBias(Bias):
     gate_bias: Float[Array, "*N"] | None = None
     gate_scale: float | None = dataclasses.field(default=None, metadata={"static": True})
     bias_scale: float = dataclasses.field(default=1.0, metadata={"static": True})
-    direction: Literal["backward", "forward"] | None = dataclasses.field(default=None, metadata={"static": True})
+    direction: Literal["backward", "forward"] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
     axes: ClassVar = {"gate_key": (None, 1)}
     runs: ClassVar = True
 
@@ -274,7 +311,9 @@ class ContextualBias(Bias):
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The formula, literally: gates, their sum up to the query, interpolation in q . table."""
         query = jnp.swapaxes(query, 1, 2).astype(jnp.float32)
-        gate_key = jnp.swapaxes(key if self.gate_key is None else self.gate_key, 1, 2).astype(jnp.float32)
+        gate_key = jnp.swapaxes(key if self.gate_key is None else self.gate_key, 1, 2).astype(
+            jnp.float32
+        )
         gate_key = jnp.repeat(gate_key, query.shape[1] // gate_key.shape[1], axis=1)
         dots = jnp.einsum("bnth,bnsh->bnts", query, gate_key, precision=_EXACT)
         gates = jnp.where(allowed, jax.nn.sigmoid(self._gate_logits(dots, scale)), 0.0)
@@ -282,7 +321,10 @@ class ContextualBias(Bias):
         return _interpolate(self._project(query, self.table), count)
 
     def rows(self, query):
-        """z'_i = q_i . (table - last row): the bias is exactly 0 from P - 1 on, which softmax does not notice."""
+        """z'_i = q_i . (table - last row).
+
+        So the bias is exactly 0 from P - 1 on; softmax does not notice the shift of a row.
+        """
         return self._project(query.astype(jnp.float32), self.table - self.table[..., -1:, :])
 
     def start(self, shape, valid):
@@ -291,11 +333,13 @@ class ContextualBias(Bias):
         return count if valid is None else jnp.where(valid[:, None, :], count, jnp.inf)
 
     def tile(self, rows, tile, carry):
-        """The block's bias; the count grows from right to left. Once finished, the shifted table gives 0."""
+        """The block's bias; the count grows leftwards, and once finished the bias is 0."""
         if carry is None:
             return jnp.zeros((1, 1, 1, 1), jnp.float32), None
         if self.direction == "forward":
-            raise NotImplementedError('direction="forward" has no blockwise form; use implementation="reference".')
+            raise NotImplementedError(
+                'direction="forward" has no blockwise form; use implementation="reference".'
+            )
         dots = tile.dots if self.gate_key is None else self._gate_dots(tile.query)
         gates = jnp.where(tile.allowed, jax.nn.sigmoid(self._gate_logits(dots, tile.scale)), 0.0)
         count = jax.lax.cumsum(gates, axis=3, reverse=True) + carry[..., None]
@@ -310,7 +354,9 @@ class ContextualBias(Bias):
         _, _, heads, size = query.shape
         table = self.table.shape
         if len(table) not in (2, 3) or table[-1] != size or table[:-2] not in ((), (heads,)):
-            raise ValueError(f"table has shape {table}; it must be [P, {size}] or [{heads}, P, {size}].")
+            raise ValueError(
+                f"table has shape {table}; it must be [P, {size}] or [{heads}, P, {size}]."
+            )
         if table[-2] < 2:
             raise ValueError(f"table has {table[-2]} positions; P must be at least 2.")
         if self.gate_key is not None:
@@ -319,13 +365,18 @@ class ContextualBias(Bias):
                 want = f"[{key.shape[0]}, {key.shape[1]}, M, {size}] with M dividing {heads}"
                 raise ValueError(f"gate_key has shape {got}; it must be {want}.")
         if self.gate_bias is not None and jnp.shape(self.gate_bias) not in ((), (heads,)):
-            raise ValueError(f"gate_bias has shape {jnp.shape(self.gate_bias)}; it must be () or ({heads},).")
+            raise ValueError(
+                f"gate_bias has shape {jnp.shape(self.gate_bias)}; it must be () or ({heads},)."
+            )
         if self.direction not in (None, "backward", "forward"):
-            raise ValueError(f'direction is {self.direction!r}; it must be None, "backward" or "forward".')
+            raise ValueError(
+                f'direction is {self.direction!r}; it must be None, "backward" or "forward".'
+            )
         if not is_causal and self.direction is None:
             raise ValueError(
-                "a contextual bias counts keys between key and query, which needs is_causal=True; for other masks "
-                'say which way to count: direction="backward" (from the last key seen) or "forward".'
+                "a contextual bias counts keys between key and query, which needs "
+                'is_causal=True; for other masks say which way to count: direction="backward" '
+                '(from the last key seen) or "forward".'
             )
 
     def _gate_logits(self, dots: Array, scale: float) -> Array:
@@ -336,7 +387,7 @@ class ContextualBias(Bias):
         return logits + jnp.broadcast_to(bias, (dots.shape[1],))[None, :, None, None]
 
     def _gate_dots(self, query: Array) -> Array:
-        """query . gate key of the block; [B, N, t, s]."""
+        """Products of query and gate key of the block."""
         batch, heads, length, size = query.shape
         gate_key = jnp.swapaxes(self.gate_key, 1, 2).astype(jnp.float32)
         grouped = query.astype(jnp.float32).reshape(batch, gate_key.shape[1], -1, size)
@@ -350,8 +401,10 @@ class ContextualBias(Bias):
         return z * self.bias_scale
 
 
-def _interpolate(z: Float[Array, "B N t P"], count: Float[Array, "B N t s"]) -> Float[Array, "B N t s"]:
-    """z at the fractional positions min(count, P - 1)."""
+def _interpolate(
+    z: Float[Array, "B N t P"], count: Float[Array, "B N t s"]
+) -> Float[Array, "B N t s"]:
+    """Linear interpolation of z at the positions min(count, P - 1)."""
     return _interpolation_parts(z, count)[0]
 
 
@@ -367,8 +420,10 @@ def _interpolation_parts(z: Array, count: Array) -> tuple[Array, Array, Array, A
 
 
 @jax.custom_vjp
-def _interpolate_falling(z: Float[Array, "B N t P"], count: Float[Array, "B N t s"]) -> Float[Array, "B N t s"]:
-    """`_interpolate` for counts that never rise from left to right, with a gradient that needs no scatter."""
+def _interpolate_falling(
+    z: Float[Array, "B N t P"], count: Float[Array, "B N t s"]
+) -> Float[Array, "B N t s"]:
+    """`_interpolate` for counts that never rise rightwards; its gradient needs no scatter."""
     return _interpolate(z, count)
 
 
@@ -378,7 +433,7 @@ def _interpolate_falling_fwd(z, count):
 
 
 def _interpolate_falling_bwd(residuals, cotangent):
-    """Keys with the same lower neighbour stand together, so each table entry gets a difference of prefix sums."""
+    """Differences of prefix sums, because keys with the same lower neighbour stand together."""
     slope, lower, fraction, z = residuals
     batch, heads, rows, last = *z.shape[:3], z.shape[3] - 1
     neighbours = jnp.arange(last + 1, dtype=jnp.int32)

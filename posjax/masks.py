@@ -1,6 +1,6 @@
-"""Who may attend to whom, as data: a description that any block of the [T, S] matrix can be read from.
+"""Who may attend to whom, as data.
 
-True always means: may attend.
+Any block of the [T, S] matrix can be read from the description. True always means: may attend.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ class Side:
         """Appends `amount` invalid tokens and marks the others valid."""
         width = ((0, 0), (0, amount))
         valid = self.valid if self.valid is not None else jnp.ones((1, self.length), bool)
-        segment_ids = None if self.segment_ids is None else jnp.pad(self.segment_ids, width, mode="edge")
+        segment_ids = (
+            None if self.segment_ids is None else jnp.pad(self.segment_ids, width, mode="edge")
+        )
         return Side(jnp.pad(self.positions, width, mode="edge"), segment_ids, jnp.pad(valid, width))
 
     def block(self, start: Int[Array, ""] | int, size: int) -> "Side":
@@ -52,7 +54,8 @@ class Mask:
         key: positions and segments of the keys.
         array: an explicit mask, or None.
         is_causal: a key is seen only from its own position on (key position <= query position).
-        window: (left, right), the farthest key positions seen before and after the query position; None: no limit.
+        window: (left, right), the farthest key positions seen before and after the query position;
+            None: no limit.
     """
 
     query: Side
@@ -90,9 +93,13 @@ class Mask:
         array = self.array
         if array is not None:
             array = jnp.pad(array, ((0, 0), (0, 0), (0, queries), (0, keys)))
-        return dataclasses.replace(self, query=self.query.pad(queries), key=self.key.pad(keys), array=array)
+        return dataclasses.replace(
+            self, query=self.query.pad(queries), key=self.key.pad(keys), array=array
+        )
 
-    def block(self, query_start: Int[Array, ""], query_size: int, key_start: Int[Array, ""], key_size: int) -> "Mask":
+    def block(
+        self, query_start: Int[Array, ""], query_size: int, key_start: Int[Array, ""], key_size: int
+    ) -> "Mask":
         """The same restrictions between `query_size` queries and `key_size` keys."""
         array = self.array
         if array is not None:
@@ -102,11 +109,14 @@ class Mask:
         key = self.key.block(key_start, key_size)
         return dataclasses.replace(self, query=query, key=key, array=array)
 
-    def block_range(self, block_q: int, block_k: int) -> tuple[Int[Array, "blocks"], Int[Array, "blocks"]]:
-        """First and last block of keys that a block of queries can see at all, for every block of queries.
+    def block_range(
+        self, block_q: int, block_k: int
+    ) -> tuple[Int[Array, "blocks"], Int[Array, "blocks"]]:
+        """First and last block of keys that each block of queries can see at all.
 
-        A bound from the smallest and largest position and segment of each block: blocks outside hold no visible
-        key; a block inside may still be masked in parts. Where nothing is visible, first > last.
+        A bound from the smallest and largest position and segment of each block: blocks outside
+        hold no visible key; a block inside may still be masked in parts. Where nothing is visible,
+        first > last.
         """
         seen = self._blocks_seen(block_q, block_k)
         count = seen.shape[1]
@@ -127,11 +137,15 @@ class Mask:
         if self.query.segment_ids is not None and self.key.segment_ids is not None:
             query_low, query_high = _block_bounds(self.query.segment_ids, block_q)
             key_low, key_high = _block_bounds(self.key.segment_ids, block_k)
-            seen &= (key_low[:, None, :] <= query_high[:, :, None]) & (key_high[:, None, :] >= query_low[:, :, None])
+            seen &= (key_low[:, None, :] <= query_high[:, :, None]) & (
+                key_high[:, None, :] >= query_low[:, :, None]
+            )
         return jnp.any(seen, axis=0)
 
 
-def _block_bounds(values: Int[Array, "#B T"], size: int) -> tuple[Int[Array, "#B blocks"], Int[Array, "#B blocks"]]:
+def _block_bounds(
+    values: Int[Array, "#B T"], size: int
+) -> tuple[Int[Array, "#B blocks"], Int[Array, "#B blocks"]]:
     """Smallest and largest value of each block of `size` tokens."""
     blocks = values.reshape(values.shape[0], -1, size)
     return blocks.min(axis=-1), blocks.max(axis=-1)

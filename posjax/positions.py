@@ -1,6 +1,7 @@
 """Which index does each token have? The first of the four places where a position encoding acts.
 
-Positions are arguments, never hidden state: each function takes what it needs and returns an array of shape [B, T].
+Positions are arguments, never hidden state: each function takes what it needs and returns an array
+of shape [B, T].
 """
 
 import jax
@@ -8,7 +9,13 @@ import jax.numpy as jnp
 
 from posjax.types import Array, Bool, Int
 
-__all__ = ["LengthError", "check_length", "digit_run_positions", "segment_positions", "sequence_positions"]
+__all__ = [
+    "LengthError",
+    "check_length",
+    "digit_run_positions",
+    "segment_positions",
+    "sequence_positions",
+]
 
 
 class LengthError(ValueError):
@@ -16,7 +23,7 @@ class LengthError(ValueError):
 
 
 def check_length(length: int, table: int, name: str) -> None:
-    """Raises `LengthError` when `length` positions do not fit into the `table` rows of the encoding `name`."""
+    """Raises `LengthError` when `length` positions do not fit into a table of `table` rows."""
     if length > table:
         raise LengthError(
             f"{name} has max_length={table}, but the sequence has {length} tokens; "
@@ -24,7 +31,9 @@ def check_length(length: int, table: int, name: str) -> None:
         )
 
 
-def sequence_positions(batch: int, length: int, offset: Int[Array, ""] | int = 0) -> Int[Array, "B T"]:
+def sequence_positions(
+    batch: int, length: int, offset: Int[Array, ""] | int = 0
+) -> Int[Array, "B T"]:
     """The usual positions offset, offset + 1, ..., the same in every row.
 
     >>> sequence_positions(1, 4).tolist()
@@ -55,14 +64,15 @@ def digit_run_positions(
 
     Args:
         is_digit: which tokens are digits.
-        run: how many digits of a running number came just before these tokens; 0 where there was none. It lets
-            a number continue from one call to the next (decoding).
+        run: how many digits of a running number came just before these tokens; 0 where there was
+            none. It lets a number continue from one call to the next (decoding).
 
     Returns:
         The positions, and the `run` to hand to the call that continues these tokens.
 
     References:
-        McLeish et al., Transformers Can Do Arithmetic with the Right Embeddings, arXiv:2405.17399, section 3.
+        McLeish et al., Transformers Can Do Arithmetic with the Right Embeddings, arXiv:2405.17399,
+        section 3.
 
     >>> positions, run = digit_run_positions(jnp.array([[True, True, False, True]]))
     >>> positions.tolist(), run.tolist()
@@ -73,7 +83,8 @@ def digit_run_positions(
     batch, length = is_digit.shape
     before = jnp.zeros((batch,), jnp.int32) if run is None else run
     index = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), is_digit.shape)
-    # Index of the last token that was not a digit; a run that came in counts as digits before index 1.
+    # Index of the last token that was not a digit; a run that came in counts as digits before index
+    # 1.
     last_other = jax.lax.cummax(jnp.where(is_digit, -before[:, None], index), axis=1)
     positions = index - last_other
     return positions, positions[:, -1] if length else before

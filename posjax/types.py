@@ -15,8 +15,9 @@
 | L      | layers                                                      |
 | t, s   | a block of queries, a block of keys (inside kernels)        |
 
-The letters stand in annotations (`Float[Array, "B T N H"]`), in einsums and in the documentation, always with
-this meaning. Query, key and value have the layout of `jax.nn.dot_product_attention`: [B, length, heads, H].
+The letters stand in annotations (`Float[Array, "B T N H"]`), in einsums and in the documentation,
+always with this meaning. Query, key and value have the layout of `jax.nn.dot_product_attention`:
+[B, length, heads, H].
 """
 
 from typing import Any, Literal

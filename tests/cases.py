@@ -124,7 +124,7 @@ def run(case: Case, inputs: dict, params: dict, implementation: str, **settings)
 
 
 def run_with_gradients(case: Case, inputs: dict, params: dict, implementation: str):
-    """The output in float32, and gradients of a fixed weighting of it by every input and trained array."""
+    """The output in float32, and gradients of a weighting of it by every input and parameter."""
 
     def weighted(inputs, params):
         output = run(case, inputs, params, implementation).astype(jnp.float32)

@@ -15,28 +15,58 @@ GOOD = {"query": zeros(2, 6, 4, 8), "key": zeros(2, 5, 2, 8), "value": zeros(2, 
 TABLE = zeros(3, 8)
 
 WRONG = {
-    "rank of query": ({"query": zeros(6, 4, 8)}, r"query has shape \(6, 4, 8\); it must be \[batch"),
-    "empty key": ({"key": zeros(2, 0, 2, 8), "value": zeros(2, 0, 2, 8)}, r"key has shape \(2, 0, 2, 8\)"),
+    "rank of query": (
+        {"query": zeros(6, 4, 8)},
+        r"query has shape \(6, 4, 8\); it must be \[batch",
+    ),
+    "empty key": (
+        {"key": zeros(2, 0, 2, 8), "value": zeros(2, 0, 2, 8)},
+        r"key has shape \(2, 0, 2, 8\)",
+    ),
     "integer query": ({"query": zeros(2, 6, 4, 8, dtype=jnp.int32)}, "query has dtype int32"),
-    "mixed dtypes": ({"key": zeros(2, 5, 2, 8, dtype=jnp.bfloat16)}, "key has dtype bfloat16, but query has float32"),
-    "value shape": ({"value": zeros(2, 4, 2, 8)}, r"key has shape \(2, 5, 2, 8\), but value has \(2, 4, 2, 8\)"),
+    "mixed dtypes": (
+        {"key": zeros(2, 5, 2, 8, dtype=jnp.bfloat16)},
+        "key has dtype bfloat16, but query has float32",
+    ),
+    "value shape": (
+        {"value": zeros(2, 4, 2, 8)},
+        r"key has shape \(2, 5, 2, 8\), but value has \(2, 4, 2, 8\)",
+    ),
     "batch": ({"query": zeros(3, 6, 4, 8)}, "key has batch size 2, but query has 3"),
     "head size": ({"query": zeros(2, 6, 4, 16)}, "key has head size 8, but query has 16"),
     "heads": ({"query": zeros(2, 6, 3, 8)}, "key has 2 heads, which does not divide query's 3"),
     "mask dtype": ({"mask": zeros(2, 1, 6, 5)}, "mask has dtype float32"),
-    "mask shape": ({"mask": zeros(2, 1, 5, 6, dtype=bool)}, r"mask has shape \(2, 1, 5, 6\); .* = \(2, 4, 6, 5\)"),
+    "mask shape": (
+        {"mask": zeros(2, 1, 5, 6, dtype=bool)},
+        r"mask has shape \(2, 1, 5, 6\); .* = \(2, 4, 6, 5\)",
+    ),
     "bias shape": ({"bias": zeros(6, 5)}, r"bias has shape \(6, 5\); .* = \(2, 4, 6, 5\)"),
     "bias dtype": ({"bias": zeros(1, 1, 6, 5, dtype=jnp.int32)}, "bias has dtype int32"),
-    "positions shape": ({"query_positions": jnp.arange(5)}, r"query_positions has shape \(1, 5\); it must be \(6,\)"),
+    "positions shape": (
+        {"query_positions": jnp.arange(5)},
+        r"query_positions has shape \(1, 5\); it must be \(6,\)",
+    ),
     "positions dtype": ({"key_positions": zeros(5)}, "key_positions has dtype float32"),
     "one segment": ({"query_segment_ids": zeros(2, 6, dtype=jnp.int32)}, "6 queries and 5 keys"),
-    "other segment": ({"key_segment_ids": zeros(2, 5, dtype=jnp.int32)}, "without query_segment_ids"),
+    "other segment": (
+        {"key_segment_ids": zeros(2, 5, dtype=jnp.int32)},
+        "without query_segment_ids",
+    ),
     "window": ({"local_window_size": (-1, 0)}, r"local_window_size is \(-1, 0\)"),
     "scale": ({"scale": jnp.float32(1)}, "scale is an array"),
     "implementation": ({"implementation": "flash"}, "implementation is 'flash'"),
-    "P < 2": ({"bias": ContextualBias(zeros(1, 8)), "is_causal": True}, "table has 1 positions; P must be at least 2"),
-    "table size": ({"bias": ContextualBias(zeros(3, 4)), "is_causal": True}, r"table has shape \(3, 4\)"),
-    "table heads": ({"bias": ContextualBias(zeros(3, 3, 8)), "is_causal": True}, r"table has shape \(3, 3, 8\)"),
+    "P < 2": (
+        {"bias": ContextualBias(zeros(1, 8)), "is_causal": True},
+        "table has 1 positions; P must be at least 2",
+    ),
+    "table size": (
+        {"bias": ContextualBias(zeros(3, 4)), "is_causal": True},
+        r"table has shape \(3, 4\)",
+    ),
+    "table heads": (
+        {"bias": ContextualBias(zeros(3, 3, 8)), "is_causal": True},
+        r"table has shape \(3, 3, 8\)",
+    ),
     "gate key": (
         {"bias": ContextualBias(TABLE, zeros(2, 6, 2, 8)), "is_causal": True},
         r"gate_key has shape \(2, 6, 2, 8\)",
@@ -45,9 +75,18 @@ WRONG = {
         {"bias": ContextualBias(TABLE, None, zeros(3)), "is_causal": True},
         r"gate_bias has shape \(3,\); it must be \(\) or \(4,\)",
     ),
-    "direction": ({"bias": ContextualBias(TABLE, direction="left"), "is_causal": True}, "direction is 'left'"),
-    "bidirectional": ({"bias": ContextualBias(TABLE)}, 'needs is_causal=True.*direction="backward"'),
-    "relative heads": ({"bias": RelativeBias(linear, jnp.ones(3))}, "must give .* N = 4 query heads"),
+    "direction": (
+        {"bias": ContextualBias(TABLE, direction="left"), "is_causal": True},
+        "direction is 'left'",
+    ),
+    "bidirectional": (
+        {"bias": ContextualBias(TABLE)},
+        'needs is_causal=True.*direction="backward"',
+    ),
+    "relative heads": (
+        {"bias": RelativeBias(linear, jnp.ones(3))},
+        "must give .* N = 4 query heads",
+    ),
     "relative positions": (
         {"bias": RelativeBias(linear, jnp.ones(4), jnp.arange(5)[None])},
         r"RelativeBias.query_positions has shape \(1, 5\); it must be \[B or 1, 6\]",
@@ -63,5 +102,7 @@ def test_wrong_argument(arguments, words):
 
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_implementations_of_later_versions_say_what_to_use(implementation):
-    with pytest.raises(NotImplementedError, match=f'"{implementation}" is not part of this version.*"xla"'):
+    with pytest.raises(
+        NotImplementedError, match=f'"{implementation}" is not part of this version.*"xla"'
+    ):
         dot_product_attention(**GOOD, implementation=implementation)

@@ -1,7 +1,8 @@
-"""One matrix for every implementation of attention: values and all gradients against the reference."""
+"""One matrix for every implementation: values and all gradients against the reference."""
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,8 @@ def check(case: Case, implementation: str) -> None:
     flat = jax.tree_util.tree_leaves_with_path(want_grads)
     for (path, w), g in zip(flat, jax.tree.leaves(got_grads), strict=True):
         name = jax.tree_util.keystr(path)
-        # Gradients of what all queries share are sums over them; the tolerance is for terms of order 1.
+        # Gradients of what all queries share are sums over them; the tolerance is for terms of
+        # order 1.
         size = max(1.0, float(jnp.max(jnp.abs(w))))
         np.testing.assert_allclose(
             g, w, rtol=0, atol=tolerances.GRADIENT[case.dtype] * size, err_msg=name
@@ -54,7 +56,7 @@ def check(case: Case, implementation: str) -> None:
 
 
 def _matrix():
-    """Every bias with every restriction; the quick loop takes the plain one and the one with everything."""
+    """Every bias with every restriction; the quick loop takes two restrictions."""
     for bias in BIASES:
         for name in RESTRICTED:
             marks = [] if name in ("grouped heads", "everything") else [pytest.mark.slow]
@@ -62,7 +64,7 @@ def _matrix():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("bias, restriction", _matrix())
+@pytest.mark.parametrize("bias, restriction", list(_matrix()))
 def test_matrix_of_restrictions(bias, restriction, implementation):
     check(Case(bias=bias, **RESTRICTED[restriction]), implementation)
 
@@ -133,7 +135,7 @@ def test_a_query_that_sees_nothing_gives_zero(bias, implementation):
     output, (grads, _) = run_with_gradients(case, inputs, params, implementation)
     assert jnp.all(output[:, 0] == 0)
     assert jnp.all(grads["query"][:, 0] == 0)
-    assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite(grads)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -141,15 +143,12 @@ def test_a_query_that_sees_nothing_gives_zero(bias, implementation):
 def test_same_bits_twice(bias, implementation):
     case = Case(bias=bias)
     first, second = (run_with_gradients(case, *arrays(case), implementation) for _ in range(2))
-    assert all(
-        jnp.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    )
+    chex.assert_trees_all_equal(first, second)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_causality_by_gradient(implementation):
-    """The output at one place has no gradient by any later key or value, and one by every earlier key."""
+    """An output has no gradient by any later key or value, and one by every earlier."""
     case = Case(bias="cope", positions=40, batch=1)
     inputs, params = arrays(case)
 
@@ -178,10 +177,8 @@ def test_checkpoint_gives_the_same_gradients():
     case = Case(bias="cope")
     inputs, params = arrays(case)
     plain = lambda inputs: jnp.sum(run(case, inputs, params, "xla") ** 2)  # noqa: E731
-    for a, b in zip(
-        *(jax.tree.leaves(jax.grad(f)(inputs)) for f in (plain, jax.checkpoint(plain))), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    want, got = (jax.grad(f)(inputs) for f in (plain, jax.checkpoint(plain)))
+    chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
 def test_the_walk_stops_at_saturation():
@@ -206,8 +203,7 @@ def test_sharded_equals_unsharded(bias):
     split = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
     with jax.set_mesh(mesh):
         got = run_with_gradients(case, jax.device_put(inputs, split), params, "xla")
-    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(g, w, rtol=0, atol=tolerances.GRADIENT["float32"])
+    chex.assert_trees_all_close(got, want, rtol=0, atol=tolerances.GRADIENT["float32"])
 
 
 def test_no_communication_between_devices_in_the_kernel():

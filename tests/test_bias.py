@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from tests.cases import Case, arrays, linear, run
 
 
 def literal_cope(query, key, table, scale, gate_bias=0.0, bias_scale=1.0):
-    """CoPE for one head by loops over the paper's formulas, in float64: equations 3 to 6 and the clamp."""
+    """CoPE for one head by loops over the paper's equations 3 to 6 and the clamp, in float64."""
     length, last = len(query), len(table) - 1
     bias = np.zeros((length, length))
     for i in range(length):
@@ -32,7 +33,12 @@ def literal_cope(query, key, table, scale, gate_bias=0.0, bias_scale=1.0):
 def context(length: int, size: int = 8) -> dict:
     index = jnp.arange(length)[None]
     allowed = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    return {"scale": size**-0.5, "allowed": allowed, "query_positions": index, "key_positions": index}
+    return {
+        "scale": size**-0.5,
+        "allowed": allowed,
+        "query_positions": index,
+        "key_positions": index,
+    }
 
 
 @pytest.mark.parametrize("settings", [{}, {"gate_bias": -1.0}, {"bias_scale": 8**-0.5}])
@@ -50,7 +56,9 @@ def test_gates_of_one_are_a_relative_table():
     """p_ij = min(i - j + 1, P - 1), so the bias is q_i . table at that row."""
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 9, 1, 8))
     table = jax.random.normal(jax.random.key(1), (4, 8))
-    got = ContextualBias(table, None, jnp.float32(jnp.inf), gate_scale=0.0).dense(query, key, **context(9))[0, 0]
+    got = ContextualBias(table, None, jnp.float32(jnp.inf), gate_scale=0.0).dense(
+        query, key, **context(9)
+    )[0, 0]
     index = np.clip(np.arange(9)[:, None] - np.arange(9)[None, :] + 1, 0, 3)
     want = np.take_along_axis(np.asarray(query[0, :, 0] @ table.T), index, axis=1)
     np.testing.assert_allclose(np.tril(got), np.tril(want), atol=1e-6)
@@ -103,8 +111,7 @@ def test_falling_interpolation_has_the_gradients_of_the_plain_one(seed, position
         jax.value_and_grad(lambda z, c, f=f: jnp.sum(f(z, c) * weights), argnums=(0, 1))(z, count)
         for f in (_interpolate, _interpolate_falling)
     )
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(falling), strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-5)
+    chex.assert_trees_all_close(falling, plain, rtol=0, atol=3e-5)
 
 
 def test_counts_are_float32_whatever_the_inputs():
@@ -131,7 +138,12 @@ def test_relative_bias_with_positions_of_its_own(implementation):
     inputs, _ = arrays(Case())
     slopes = jnp.linspace(0.1, 0.5, 4)
     own = jnp.arange(33)[None].astype(jnp.float32) / 2
-    call = lambda bias: dot_product_attention(**inputs, bias=bias, is_causal=True, implementation=implementation)  # noqa: E731
+
+    def call(bias):
+        return dot_product_attention(
+            **inputs, bias=bias, is_causal=True, implementation=implementation
+        )
+
     got = call(RelativeBias(linear, slopes, own, own))
     np.testing.assert_allclose(got, call(RelativeBias(linear, slopes / 2)), atol=1e-6)
 

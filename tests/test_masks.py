@@ -13,7 +13,11 @@ def mask(queries: int, keys: int, **settings) -> Mask:
 
 
 def test_causal():
-    assert mask(3, 3, is_causal=True).dense()[0, 0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert mask(3, 3, is_causal=True).dense()[0, 0].astype(int).tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 1, 1],
+    ]
 
 
 def test_window():
@@ -62,6 +66,8 @@ def test_a_block_equals_its_part_of_the_dense_mask_and_ranges_leave_nothing_out(
     for i in range(blocks_q):
         for j in range(blocks_k):
             part = dense[i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
-            got = whole.block(jnp.int32(i * block_q), block_q, jnp.int32(j * block_k), block_k).dense()
+            got = whole.block(
+                jnp.int32(i * block_q), block_q, jnp.int32(j * block_k), block_k
+            ).dense()
             np.testing.assert_array_equal(got[0, 0], part)
             assert first[i] <= j <= last[i] or not part.any()

@@ -43,5 +43,7 @@ def test_digit_runs_in_two_calls_equal_one_call(digits, cut, before):
 
 def test_a_sequence_longer_than_a_table_is_named():
     check_length(8, 8, "Learned")
-    with pytest.raises(LengthError, match=r"Learned has max_length=8, but the sequence has 9 tokens.*>= 9"):
+    with pytest.raises(
+        LengthError, match=r"Learned has max_length=8, but the sequence has 9 tokens.*>= 9"
+    ):
         check_length(9, 8, "Learned")

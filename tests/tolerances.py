@@ -3,8 +3,9 @@
 # Largest absolute difference from the reference, for inputs of order 1.
 FORWARD = {"float32": 1e-5}
 GRADIENT = {"float32": 1e-4}
-# Narrow types: the largest error against the float32 reference may be this many times that of a dense computation in
-# the same type with float32 counts, plus a little for the case that the dense one happens to be exact.
+# Narrow types: the largest error against the float32 reference may be this many times that of a
+# dense computation in the same type with float32 counts, plus a little for the case that the dense
+# one happens to be exact.
 NARROW_FACTOR = 2.0
 NARROW_SLACK = {"bfloat16": 1e-3, "float16": 1e-4}
 # Two ways to compute the same float32 model: decoding and full, scanned and not, sharded and not.

@@ -1,7 +1,8 @@
-"""Position encodings, one file each. Every subclass of `PositionEncoding` in this folder is exported here by itself."""
+"""Position encodings, one file each; every `PositionEncoding` in this folder is exported."""
 
-from posjax.encodings.registry import classes, create, names
+from posjax.encodings import registry
+from posjax.encodings.registry import create, names
 
-globals().update(classes())
+globals().update(registry.classes())
 
-__all__ = sorted([*classes(), "create", "names"])  # noqa: PLE0605
+__all__ = ["create", "names", *registry.classes()]

@@ -46,7 +46,7 @@ class Abacus(PositionEncoding):
 
     References:
         McLeish et al., Transformers Can Do Arithmetic with the Right Embeddings, arXiv:2405.17399,
-        section 3.1.
+        section 3.
 
     >>> tokens = jnp.array([list(b"31+427=")])
     >>> places = jnp.arange(7)[None, :]

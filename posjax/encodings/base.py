@@ -1,21 +1,26 @@
 """The four places where a position encoding acts, with neutral defaults.
 
-An encoding is a Flax Linen module over pure functions. A Linen module is a frozen dataclass, so the unbound module
-*is* the configuration: `CoPE(num_positions=64)` stands in a config file as it is. Adding an encoding adds one file to
-this folder: every subclass of `PositionEncoding` defined here is found by `posjax.encodings.registry`.
+An encoding is a Flax Linen module over pure functions. A Linen module is a frozen dataclass, so the
+unbound module *is* the configuration: `CoPE(num_positions=64)` stands in a config file as it is.
+Adding an encoding adds one file to this folder: every subclass of `PositionEncoding` defined here
+is found by `posjax.encodings.registry`.
 
-A model creates the encoding once for itself (places 1 and 2, and `shared`) and once in each attention layer (places 3
-and 4); parameters exist only where a method that makes them is called. Data passes in this order:
+A model creates the encoding once for itself (places 1 and 2, and `shared`) and once in each
+attention layer (places 3 and 4); parameters exist only where a method that makes them is called.
+Data passes in this order:
 
-    indices, carry = encoding.positions(tokens, positions, carry)         once per model      place 1
-    embeddings     = encoding.embed(embeddings, indices)                  once per model      place 2
-    shared         = encoding.shared(heads)                               once per model
-    memory         = encoding.remember(inputs, kv_heads, head_size)       per layer, kept beside key and value
-    query, key     = encoding.rotate(query, key, query_indices, key_indices)                  per layer, place 3
-    bias           = encoding.bias(query, key, value, query_indices, key_indices, memory, shared)     place 4
+| place | once per model                                                        |
+|-------|-----------------------------------------------------------------------|
+| 1     | indices, carry = encoding.positions(tokens, positions, carry)         |
+| 2     | embeddings = encoding.embed(embeddings, indices)                      |
+|       | shared = encoding.shared(heads)                                       |
+|       | **in every layer**                                                    |
+|       | memory = encoding.remember(inputs, kv_heads, head_size)               |
+| 3     | query, key = encoding.rotate(query, key, query_indices, key_indices)  |
+| 4     | bias = encoding.bias(query, key, value, query_indices, key_indices, memory, shared) |
 
-Keys are cached as they come from their projection, and `rotate` sees all of them at every step of decoding; so an
-encoding may turn them by anything, the current length included.
+Keys are cached as they come from their projection, and `rotate` sees all of them at every step of
+decoding; so an encoding may turn them by anything, the current length included.
 """
 
 from typing import ClassVar
@@ -48,13 +53,14 @@ class PositionEncoding(nn.Module):
         Args:
             tokens: token ids, for encodings that read them.
             positions: place of each token in its sequence (or in its packed segment).
-            carry: what this method returned for the tokens before these when decoding; None at the start.
+            carry: what this method returned for the tokens before these when decoding; None at the
+                start.
             segment_ids: segments of packed sequences.
             deterministic: False in training; randomness comes from the rng stream "encoding".
 
         Returns:
-            Indices, a pytree of arrays [B, T, ...] (the model keeps them for the keys of its cache), and the carry
-            for the tokens that come next, a pytree of arrays [B, ...].
+            Indices, a pytree of arrays [B, T, ...] (the model keeps them for the keys of its
+            cache), and the carry for the tokens that come next, a pytree of arrays [B, ...].
         """
         return positions, carry
 
@@ -67,7 +73,7 @@ class PositionEncoding(nn.Module):
         return None
 
     def remember(self, inputs: Float[Array, "B T D"], kv_heads: int, head_size: int) -> PyTree:
-        """What the layer keeps of each token beside key and value: a pytree of arrays [B, T, ...] or None."""
+        """What the layer caches of each token beside key and value: arrays [B, T, ...] or None."""
         return None
 
     def rotate(

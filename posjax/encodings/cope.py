@@ -1,4 +1,4 @@
-"""Contextual Position Encoding (CoPE, arXiv:2405.18719): positions are counted by gates that depend on the context."""
+"""Contextual Position Encoding (CoPE, arXiv:2405.18719): gates count positions by context."""
 
 import math
 from typing import ClassVar, Literal, Self
@@ -13,7 +13,7 @@ __all__ = ["CoPE"]
 
 
 class CoPE(PositionEncoding):
-    """Contextual Position Encoding: the distance to a key is a sum of gates, and gates look at query and key.
+    """Contextual Position Encoding: the distance to a key is a sum of gates of query and key.
 
         g_ij  = sigmoid(q_i . k'_j * H^-0.5 + gate_bias)                    for every head
         p_ij  = min(sum of g_ik over k from j to i, num_positions - 1)
@@ -22,23 +22,27 @@ class CoPE(PositionEncoding):
     The pure form is `posjax.ContextualBias`. Fields:
 
         num_positions: P, the rows of the table; counts beyond P - 1 are all position P - 1.
-        per_head: one table for each head, [N, P, H], instead of one for all, [P, H] (the paper and its code).
-        gate_source: k' is the key ("logits"), an own projection of the layer's input ("key"; the official code's
-            --cope-sep-key), the value ("value"; --cope-val-gates), or every gate is 1 ("ones"): a relative table
-            capped at P - 1, the control that shows what the context adds.
-        gate_bias: added to the gates' logits (one number for each head). Below 0 gates start rare, so counts reach
-            far before they saturate; a saturated count has no gradient.
+        per_head: one table for each head, [N, P, H], instead of one for all, [P, H] (the paper and
+            its code).
+        gate_source: k' is the key ("logits"), an own projection of the layer's input ("key"; the
+            official code's --cope-sep-key), the value ("value"; --cope-val-gates), or every gate is
+            1 ("ones"): a relative table capped at P - 1, the control that shows what the context
+            adds.
+        gate_bias: added to the gates' logits (one number for each head). Below 0 gates start rare,
+            so counts reach far before they saturate; a saturated count has no gradient.
         train_gate_bias: whether gate_bias is a parameter.
-        table_deviation: standard deviation of the table at the start. At 0 (the paper's code) gates get no gradient
-            from positions until the table has moved, and the model may stay long where it started.
-        scaled: multiply the position term by H^-0.5 too. The paper's Appendix B does not; the official repository does
-            by default (--cope-nodiv turns it off).
+        table_deviation: standard deviation of the table at the start. At 0 (the paper's code) gates
+            get no gradient from positions until the table has moved, and the model may stay long
+            where it started.
+        scaled: multiply the position term by H^-0.5 too. The paper's Appendix B does not; the
+            official repository does by default (--cope-nodiv turns it off).
 
-    Any length is defined: beyond the trained one counts go on and saturate at P - 1. Attention must be causal.
+    Any length is defined: beyond the trained one counts go on and saturate at P - 1. Attention must
+    be causal.
 
     References:
-        Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's Important,
-        arXiv:2405.18719, equations 3 to 6 and Appendix B.
+        Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's
+        Important, arXiv:2405.18719, equations 3 to 6 and Appendix B.
     """
 
     num_positions: int = 64

@@ -57,7 +57,10 @@ class TransformerConfig:
                 "change one of them or set model.head_size."
             )
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
-            raise ValueError(f"model.kv_heads is {self.kv_heads}, which does not divide model.heads {self.heads}.")
+            raise ValueError(
+                f"model.kv_heads is {self.kv_heads}, which does not divide "
+                f"model.heads {self.heads}."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
 

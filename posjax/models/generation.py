@@ -29,17 +29,23 @@ def generate(
 
     Args:
         variables: as given to `model.apply`.
-        temperature: 0 takes the most likely token; above 0 samples from softmax(logits / temperature).
+        temperature: 0 takes the most likely token; above 0 samples from softmax(logits /
+            temperature).
         key: random key for sampling.
 
     Raises:
         ValueError: steps < 1, an empty prompt, a negative temperature, or sampling without a key.
-        posjax.positions.LengthError: prompt and steps together are longer than a table of the encoding.
+        posjax.positions.LengthError: prompt and steps together are longer than a table of the
+        encoding.
     """
     if prompt.ndim != 2 or 0 in prompt.shape:
-        raise ValueError(f"prompt has shape {prompt.shape}; it must be [batch, length], neither of them 0.")
+        raise ValueError(
+            f"prompt has shape {prompt.shape}; it must be [batch, length], neither of them 0."
+        )
     if steps < 1 or temperature < 0:
-        raise ValueError(f"steps is {steps} and temperature {temperature}; they must be >= 1 and >= 0.")
+        raise ValueError(
+            f"steps is {steps} and temperature {temperature}; they must be >= 1 and >= 0."
+        )
     if temperature > 0 and key is None:
         raise ValueError(f"temperature is {temperature}; sampling needs a random key.")
     batch, length = prompt.shape

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from posjax.attention import dot_product_attention
 from posjax.encodings.base import PositionEncoding
@@ -126,7 +125,9 @@ def _identity(config: TransformerConfig, name: str):
     return lambda x: x
 
 
-def _projection(config: TransformerConfig, features, name: str, use_bias: bool = False) -> nn.DenseGeneral:
+def _projection(
+    config: TransformerConfig, features, name: str, use_bias: bool = False
+) -> nn.DenseGeneral:
     """Kernels start normal with variance 1 / inputs."""
     return nn.DenseGeneral(
         features,
@@ -138,7 +139,9 @@ def _projection(config: TransformerConfig, features, name: str, use_bias: bool =
     )
 
 
-def _output_projection(config: TransformerConfig, axis, name: str, use_bias: bool = False) -> nn.DenseGeneral:
+def _output_projection(
+    config: TransformerConfig, axis, name: str, use_bias: bool = False
+) -> nn.DenseGeneral:
     """Kernels that write to the residual stream start smaller by sqrt(2 * layers)."""
     return nn.DenseGeneral(
         config.width,

@@ -21,13 +21,16 @@ class Cache(NamedTuple):
     length: Int[Array, ""]  # tokens seen
     carry: PyTree  # of the encoding's positions
     indices: PyTree  # of the encoding, for the keys, [B, S, ...]
-    layers: tuple[LayerState, ...] | LayerState  # with scan_layers one state with a leading layer axis
+    layers: (
+        tuple[LayerState, ...] | LayerState
+    )  # with scan_layers one state with a leading layer axis
 
 
 class Transformer(nn.Module):
     """A decoder-only transformer: token embedding, L blocks, norm, output head.
 
-    Parameters (D width, N and K heads of size H, F = mlp_ratio * D, V vocabulary), besides the encoding's own:
+    Parameters (D width, N and K heads of size H, F = mlp_ratio * D, V vocabulary), besides the
+    encoding's own:
 
         embedding     V D                  normal, deviation D^-0.5
         each block    2 D H (N + K)        attention kernels, without bias
@@ -36,9 +39,9 @@ class Transformer(nn.Module):
         final norm    2 D                  only norm="pre"; RMSNorm D
         head          V D                  unless tied_embeddings
 
-    Kernels start normal with variance 1 / inputs; those that write to the residual stream are smaller by
-    sqrt(2 L). The encoding's parameters stand under "encoding": at the top what is made once, in each block
-    what each layer has.
+    Kernels start normal with variance 1 / inputs; those that write to the residual stream are
+    smaller by sqrt(2 L). The encoding's parameters stand under "encoding": at the top what is made
+    once, in each block what each layer has.
 
     >>> model = Transformer(TransformerConfig(), vocab_size=7)
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
@@ -64,9 +67,11 @@ class Transformer(nn.Module):
         """Logits for the next token at every place, in float32.
 
         Args:
-            positions: handed to the encoding; by default 0, 1, ..., starting again in every packed segment.
+            positions: handed to the encoding; by default 0, 1, ..., starting again in every packed
+                segment.
             segment_ids: tokens see only tokens of their own segment.
-            deterministic: False in training: dropout (rng stream "dropout") and random positions ("encoding").
+            deterministic: False in training: dropout (rng stream "dropout") and random positions
+                ("encoding").
             cache: the tokens before these; the result is then (logits, cache).
             keep: return (logits, cache) without a cache to start from.
 
@@ -75,7 +80,9 @@ class Transformer(nn.Module):
             posjax.positions.LengthError: more tokens than a table of the encoding has rows.
         """
         if cache is not None and segment_ids is not None:
-            raise ValueError("segment_ids and cache cannot be used together: a cache holds one sequence a row.")
+            raise ValueError(
+                "segment_ids and cache cannot be used together: a cache holds one sequence a row."
+            )
         config = self.config
         own = PositionEncoding(parent=None) if self.encoding is None else self.encoding
         context, carry = self._context(own, tokens, positions, segment_ids, deterministic, cache)
@@ -96,7 +103,9 @@ class Transformer(nn.Module):
         seen = tokens.shape[1] if cache is None else cache.length + tokens.shape[1]
         return logits, Cache(jnp.asarray(seen, jnp.int32), carry, context.key_indices, layers)
 
-    def _context(self, encoding, tokens, positions, segment_ids, deterministic, cache) -> tuple[Context, PyTree]:
+    def _context(
+        self, encoding, tokens, positions, segment_ids, deterministic, cache
+    ) -> tuple[Context, PyTree]:
         """Place 1, and what else all layers share."""
         batch, length = tokens.shape
         offset = None if cache is None else cache.length
@@ -122,7 +131,9 @@ class Transformer(nn.Module):
         config = self.config
 
         def layer_encoding() -> PositionEncoding:
-            return encoding.clone(parent=None, name=None)  # unbound: each layer makes its own parameters
+            return encoding.clone(
+                parent=None, name=None
+            )  # unbound: each layer makes its own parameters
 
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         if config.scan_layers:
@@ -138,7 +149,9 @@ class Transformer(nn.Module):
         states = []
         for index in range(config.layers):
             cached = None if cache is None else cache.layers[index]
-            x, state = block(config, layer_encoding(), deterministic, name=f"layer_{index}")(x, cached, context)
+            x, state = block(config, layer_encoding(), deterministic, name=f"layer_{index}")(
+                x, cached, context
+            )
             states.append(state)
         return x, tuple(states)
 

@@ -35,7 +35,7 @@ _EXTRA = [
         "distributed",
         bool,
         False,
-        "Join the processes of a cluster that JAX can see first (Slurm, Open MPI, Kubernetes, TPU).",
+        "Join the processes of a cluster that JAX can see: Slurm, Open MPI, Kubernetes, TPU.",
     ),
 ]
 

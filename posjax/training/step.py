@@ -32,7 +32,7 @@ def cross_entropy_sum(logits: Float[Array, "B T V"], batch: Batch) -> Float[Arra
 def make_train_step(
     model: nn.Module, config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step: state and global batch in, new state and metrics out; the old state is freed.
+    """The jitted step: state and global batch in, new state and metrics out.
 
     The loss is the mean of the cross-entropy over the whole batch, weighted with `loss_weights`;
     with `accumulate` the parts are added up and divided by the weight of the whole batch, so it is

@@ -64,6 +64,21 @@ def test_parts_embed_and_rotate_in_order():
     np.testing.assert_allclose(key, rotate(X, PLACES) + 1, rtol=1e-6)
 
 
+def test_parts_act_on_their_own_indices():
+    indices = PLACES, PLACES[:, ::-1] + 9
+    x = jnp.zeros((1, 4, 2))
+    waves = [Sinusoidal().apply({}, x, i, method="embed") for i in indices]
+    both = Combine((Sinusoidal(), Sinusoidal())).apply({}, x, indices, method="embed")
+    np.testing.assert_allclose(both, waves[0] + waves[1], rtol=1e-6)
+    turn = Combine((RoPE(), RoPE())).apply({}, X, X, indices, indices[::-1], method="rotate")
+    np.testing.assert_allclose(turn[0], rotate(X, sum(indices)), atol=1e-4)
+    np.testing.assert_allclose(turn[1], rotate(X, sum(indices)), atol=1e-4)
+    bias = Combine((ALiBi(), ALiBi())).apply({}, X, X, X, indices, indices[::-1], method="bias")
+    for part, queries, keys in zip(bias.parts, indices, indices[::-1], strict=True):
+        np.testing.assert_array_equal(part.query_positions, queries)
+        np.testing.assert_array_equal(part.key_positions, keys)
+
+
 def bias_of(*parts, shared=None, memory=None):
     places = (PLACES,) * len(parts)
     rest = memory, shared

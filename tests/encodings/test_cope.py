@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.nnx import bridge
 from flax import nnx
+from flax.nnx import bridge
 
 from posjax import dot_product_attention
 from posjax.encodings import CoPE
@@ -27,7 +27,9 @@ def attend(encoding: CoPE, variables=None, length=12, heads=4, kv_heads=2, imple
     def call(module):
         memory = module.remember(inputs, kv_heads, SIZE)
         bias = module.bias(query, key, value, index, index, memory)
-        return dot_product_attention(query, key, value, bias, is_causal=True, implementation=implementation)
+        return dot_product_attention(
+            query, key, value, bias, is_causal=True, implementation=implementation
+        )
 
     if variables is None:
         variables = encoding.init(jax.random.key(0), method=call)
@@ -54,7 +56,9 @@ def test_a_gate_key_of_its_own_is_a_projection_of_the_layers_input():
     assert variables["params"]["gate_projection"]["projection"]["kernel"].shape == (16, 2, SIZE)
 
 
-@pytest.mark.parametrize("settings", [s for s, _ in SETTINGS.values()] + [{"gate_source": "key"}, {"scaled": True}])
+@pytest.mark.parametrize(
+    "settings", [s for s, _ in SETTINGS.values()] + [{"gate_source": "key"}, {"scaled": True}]
+)
 def test_implementations_agree(settings):
     encoding = CoPE(**({"num_positions": 4, "gate_bias": 0.5} | settings))
     want, variables = attend(encoding, implementation="reference")
@@ -64,7 +68,11 @@ def test_implementations_agree(settings):
 def test_the_published_setting_starts_as_no_encoding():
     encoding = CoPE.paper()
     output, variables = attend(encoding)
-    assert jnp.all(variables["params"]["table"] == 0) and encoding.gate_bias == 0.0 and not encoding.scaled
+    assert (
+        jnp.all(variables["params"]["table"] == 0)
+        and encoding.gate_bias == 0.0
+        and not encoding.scaled
+    )
     np.testing.assert_allclose(output, attend(CoPE(table_deviation=0.0))[0], atol=1e-6)
 
 
@@ -87,7 +95,9 @@ def test_a_fixed_gate_bias_moves_the_count():
 def test_a_trained_gate_bias_gets_a_gradient():
     encoding = CoPE(train_gate_bias=True, num_positions=8)
     _, variables = attend(encoding)
-    grad = jax.grad(lambda v: jnp.sum(attend(encoding, v)[0] ** 2))(variables)["params"]["gate_bias"]
+    grad = jax.grad(lambda v: jnp.sum(attend(encoding, v)[0] ** 2))(variables)["params"][
+        "gate_bias"
+    ]
     assert jnp.all(grad != 0)
 
 
@@ -117,7 +127,9 @@ def test_agrees_with_x_transformers(positions):
     """Values and gradients of the whole attention, in float32."""
     reason = "agreement with x-transformers' CoPE needs torch and x-transformers"
     torch = pytest.importorskip("torch", reason=reason)
-    theirs = pytest.importorskip("x_transformers.x_transformers", reason=reason).CoPE(SIZE, 2, positions)
+    theirs = pytest.importorskip("x_transformers.x_transformers", reason=reason).CoPE(
+        SIZE, 2, positions
+    )
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value = (jax.random.normal(k, (2, 10, 2, SIZE)) for k in keys[:3])
     table = jax.random.normal(keys[3], (positions, SIZE))
@@ -130,13 +142,18 @@ def test_agrees_with_x_transformers(positions):
 
     weights = jnp.cos(jnp.arange(2 * 10 * 2 * SIZE, dtype=jnp.float32)).reshape(2, 10, 2, SIZE)
     loss = lambda *x: jnp.sum(ours(*x) * weights)  # noqa: E731
-    want_output, want = ours(query, key, value, table), jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, table)
+    want_output, want = (
+        ours(query, key, value, table),
+        jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, table),
+    )
 
     tensors = [torch.tensor(np.asarray(x), requires_grad=True) for x in (query, key, value, table)]
     theirs.pos_emb = torch.nn.Parameter(tensors[3].detach().clone())
     q, k, v = (x.transpose(1, 2) for x in tensors[:3])
     mask = torch.ones(10, 10, dtype=torch.bool).triu(1)
-    logits = (q @ k.transpose(-1, -2) * SIZE**-0.5).masked_fill(mask, -torch.finfo(torch.float32).max)
+    logits = (q @ k.transpose(-1, -2) * SIZE**-0.5).masked_fill(
+        mask, -torch.finfo(torch.float32).max
+    )
     output = ((logits + theirs(q, logits)).softmax(-1) @ v).transpose(1, 2)
     (output * torch.tensor(np.asarray(weights))).sum().backward()
     np.testing.assert_allclose(want_output, output.detach().numpy(), atol=1e-5)

@@ -1,7 +1,8 @@
-"""The transformer: what it computes does not depend on how it is compiled, cached, packed or split."""
+"""The transformer computes the same however it is compiled, cached, packed or split."""
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def build(encoding: str = "cope", length: int = 9, **settings):
 
 
 def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerances.SAME_MODEL)
+    chex.assert_trees_all_close(a, b, rtol=0, atol=tolerances.SAME_MODEL)
 
 
 @pytest.mark.parametrize("encoding", [n for n in names() if "." not in n and n != "combine"])
@@ -60,15 +61,16 @@ def stacked(params: dict) -> dict:
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_equal_unrolled_ones(remat):
     model, variables, tokens = build()
-    scanned = Transformer(dataclasses.replace(SMALL, scan_layers=True, remat=remat), VOCABULARY, create("cope"))
+    scanned = Transformer(
+        dataclasses.replace(SMALL, scan_layers=True, remat=remat), VOCABULARY, create("cope")
+    )
     params = {"params": stacked(variables["params"])}
     assert jax.tree.structure(params) == jax.tree.structure(scanned.init(jax.random.key(0), tokens))
     loss = lambda model: lambda v: jnp.mean(model.apply(v, tokens) ** 2)  # noqa: E731
     close(scanned.apply(params, tokens), model.apply(variables, tokens))
     want = stacked(jax.grad(loss(model))(variables)["params"])
     got = jax.grad(loss(scanned))(params)["params"]
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        close(a, b)
+    close(got, want)
 
 
 def test_scanned_layers_decode():
@@ -89,13 +91,15 @@ def test_every_layer_has_its_own_table():
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_implementations_agree(implementation):
     model, variables, tokens = build()
-    other = Transformer(dataclasses.replace(SMALL, implementation=implementation), VOCABULARY, create("cope"))
+    other = Transformer(
+        dataclasses.replace(SMALL, implementation=implementation), VOCABULARY, create("cope")
+    )
     close(other.apply(variables, tokens), model.apply(variables, tokens))
 
 
 def test_causality_by_gradient():
     """The logits at one place depend on every earlier token and on no later one."""
-    model, variables, tokens = build(length=8)
+    model, variables, _ = build(length=8)
     table = variables["params"]["embedding"]["embedding"]
 
     def one_place(table):
@@ -168,7 +172,11 @@ def test_greedy_generation_equals_repeated_full_passes(encoding):
 def test_sampling_follows_the_temperature():
     model, variables, tokens = build("nope", length=2)
     many = jnp.repeat(tokens[:1], 400, axis=0)
-    sample = lambda t: generate(model, variables, many, 1, temperature=t, key=jax.random.key(3))[:, 0]  # noqa: E731
+
+    def sample(temperature):
+        settings = {"temperature": temperature, "key": jax.random.key(3)}
+        return generate(model, variables, many, 1, **settings)[:, 0]
+
     probabilities = nn.softmax(model.apply(variables, tokens[:1])[0, -1])
     frequencies = jnp.bincount(sample(1.0), length=VOCABULARY) / 400
     assert float(jnp.max(jnp.abs(frequencies - probabilities))) < 0.1
@@ -176,7 +184,10 @@ def test_sampling_follows_the_temperature():
 
 
 WRONG_CONFIG = {
-    "heads": ({"heads": 3, "kv_heads": None}, "model.heads is 3, which does not divide model.width 32"),
+    "heads": (
+        {"heads": 3, "kv_heads": None},
+        "model.heads is 3, which does not divide model.width 32",
+    ),
     "kv_heads": ({"kv_heads": 3}, "model.kv_heads is 3, which does not divide model.heads 4"),
     "layers": ({"layers": 0}, "model.layers is 0"),
     "dropout": ({"dropout": 1.0}, "model.dropout is 1.0"),
