@@ -166,6 +166,8 @@ def _saved_carries(walk: Walk) -> tuple[PyTree, Array]:
 
     carry = walk.carry()
     blocks = walk.key.shape[2] // walk.static.blocks.key
+    if blocks == 1:  # The running state before the only block is known.
+        return jax.tree.map(lambda x: x[None], carry), walk.block.first - 1
     saved = jax.tree.map(lambda x: jnp.zeros((blocks, *x.shape), x.dtype), carry)
     loop = (walk.block.last, carry, saved)
     index, _, saved = jax.lax.while_loop(lambda loop: walk.going_on(loop[0], loop[1]), step, loop)

@@ -20,7 +20,6 @@ Inside kernels heads come before lengths: query [B, N, t, H], logits [B, N, t, s
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -436,15 +435,19 @@ def _interpolate_falling_bwd(residuals, cotangent):
     """Differences of prefix sums, because keys with the same lower neighbour stand together."""
     slope, lower, fraction, z = residuals
     batch, heads, rows, last = *z.shape[:3], z.shape[3] - 1
-    neighbours = jnp.arange(last + 1, dtype=jnp.int32)
-    find = functools.partial(jnp.searchsorted, side="right", method="scan")
     # edges[b]: how many keys, all on the left, have a lower neighbour of b or more.
-    edges = jax.vmap(find, in_axes=(0, None))(-lower.reshape(-1, lower.shape[3]), -neighbours)
-    edges = edges.reshape(batch, heads, rows, last + 1).astype(jnp.int32)
+    row = jnp.arange(batch * heads * rows, dtype=jnp.int32)[:, None]
+    flat = (row * (last + 1) + lower.reshape(row.shape[0], -1)).reshape(-1)
+    counted = jnp.zeros(row.shape[0] * (last + 1), jnp.int32)
+    counted = (
+        counted.at[flat].add(1, mode="promise_in_bounds").reshape(batch, heads, rows, last + 1)
+    )
+    edges = jax.lax.cumsum(counted, axis=3, reverse=True)
 
     def sums(x: Array) -> Array:
-        prefix = jnp.pad(jax.lax.cumsum(x, axis=3), ((0, 0), (0, 0), (0, 0), (1, 0)))
-        at_edges = jnp.take_along_axis(prefix, edges, axis=3, mode="promise_in_bounds")
+        prefix, before = jax.lax.cumsum(x, axis=3), jnp.maximum(edges - 1, 0)
+        found = jnp.take_along_axis(prefix, before, axis=3, mode="promise_in_bounds")
+        at_edges = jnp.where(edges > 0, found, 0.0)
         return at_edges[..., :-1] - at_edges[..., 1:]
 
     cotangent = jax.lax.optimization_barrier(cotangent)  # or every use computes it again

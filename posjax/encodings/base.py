@@ -36,7 +36,7 @@ __all__ = ["PositionEncoding"]
 class PositionEncoding(nn.Module):
     """A position encoding that does nothing; subclasses override the places where they act."""
 
-    # Whether the encoding is for attention that sees both directions as well.
+    # Whether the encoding is defined for causal attention only.
     is_causal_only: ClassVar[bool] = False
 
     def positions(

@@ -51,17 +51,7 @@ def compare_encodings(
     console = console or Console(quiet=not is_leader())
     _check_unique("compare", names)
     _check_unique("seeds", seeds)
-    members = {
-        (name, seed): dataclasses.replace(
-            config,
-            encoding=registry.create(name),
-            seed=seed,
-            name=f"{name}-seed{seed}",
-            runs=str(directory),
-        )
-        for seed in seeds
-        for name in names
-    }
+    members = _members(config, names, seeds, directory)
     _check_folder(directory, members, resume)
     reports = {}
     for number, ((name, seed), member) in enumerate(members.items(), 1):
@@ -74,6 +64,23 @@ def compare_encodings(
     if is_leader():
         _write(comparison, directory)
     return comparison
+
+
+def _members(
+    config: Config, names: Sequence[str], seeds: Sequence[int], directory: Path
+) -> dict[tuple[str, int], Config]:
+    """The config of every run; all encodings of a seed come before the next seed."""
+    return {
+        (name, seed): dataclasses.replace(
+            config,
+            encoding=registry.create(name),
+            seed=seed,
+            name=f"{name}-seed{seed}",
+            runs=str(directory),
+        )
+        for seed in seeds
+        for name in names
+    }
 
 
 def _check_unique(name: str, values: Sequence[Any]) -> None:

@@ -95,8 +95,8 @@ def _commit() -> str | None:
 def format_value(metric: str, value: float | None) -> str:
     """A metric for people: errors and accuracies in percent.
 
-    >>> format_value("token_error", 0.0123), format_value("bits_per_byte", 2.0), format_value("x",
-    None) ('1.23%', '2.000', 'n/a')
+    >>> format_value("token_error", 0.0123), format_value("bits_per_byte", 2.0)
+    ('1.23%', '2.000')
     """
     if value is None:
         return "n/a"

@@ -67,9 +67,10 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     whole = replicated(mesh)
-    return jax.jit(
+    jitted = jax.jit(
         train_step, in_shardings=(whole, rows(mesh)), out_shardings=(whole, whole), donate_argnums=0
     )
+    return _on_mesh(jitted, mesh)
 
 
 def _accumulated(
@@ -106,4 +107,15 @@ def make_evaluate_step(
         return task.metrics(logits, batch)
 
     whole = replicated(mesh)
-    return jax.jit(evaluate_step, in_shardings=(whole, rows(mesh)), out_shardings=whole)
+    jitted = jax.jit(evaluate_step, in_shardings=(whole, rows(mesh)), out_shardings=whole)
+    return _on_mesh(jitted, mesh)
+
+
+def _on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Calls `function` with `mesh` set, so that attention kernels split their work over it."""
+
+    def call(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*arguments)
+
+    return call

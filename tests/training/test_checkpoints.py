@@ -1,4 +1,8 @@
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -106,11 +110,25 @@ def test_a_damaged_checkpoint(saved, part):
 
 
 def test_damaged_arrays(saved):
+    """In a process of its own: when one read fails, Orbax's others go on, and complain later."""
     directory, _ = saved
     for path in (directory / "6" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        restore(directory)
+    code = f"""
+import pathlib
+from posjax.training.checkpoints import CheckpointError
+from tests.training.test_checkpoints import restore
+try:
+    restore(pathlib.Path({str(directory)!r}))
+except CheckpointError as error:
+    print(error)
+"""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "6 cannot be read" in result.stdout, result.stderr
 
 
 def test_due_and_repeated_saves(tmp_path):
