@@ -72,12 +72,12 @@ def _attention_fwd(static: Static, query, key, value, bias, fixed, mask):
         state, index = Softmax.start(block.query.shape), block.last
         if walk.runs:
             state, index = _forward_head(walk, value, state)
-        output, lse = _forward_tail(walk, value, state, index).result()
-        return output.astype(query.dtype), lse
+        return _forward_tail(walk, value, state, index).result()
 
     output, lse = jax.lax.map(one_block, query_blocks(static, query, mask))
     output, lse = join(output), join(lse)
-    return output, (query, key, value, bias, fixed, mask, output, lse)
+    # The residual stays float32: a rounded output would tilt the gradients of a whole row.
+    return output.astype(query.dtype), (query, key, value, bias, fixed, mask, output, lse)
 
 
 def _forward_head(walk: Walk, value: Array, state: Softmax) -> tuple[Softmax, Array]:
@@ -129,7 +129,7 @@ class _Given(NamedTuple):
 
 def _attention_bwd(static: Static, residuals, cotangent):
     query, key, value, bias, fixed, mask, output, lse = residuals
-    delta = jnp.sum(cotangent.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
+    delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=-1)
     given = _Given(*(cut(x, static.blocks.query) for x in (cotangent, lse, delta)))
 
     def one_block(sums: _Sums, inputs):

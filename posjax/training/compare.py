@@ -221,7 +221,7 @@ def show_comparison(console: Console, comparison: dict[str, Any], directory: Pat
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row))
     console.print(table)
     for note in _notes(comparison):
         console.print(note, markup=False, highlight=False)
