@@ -134,6 +134,7 @@ def test_parameter_count_is_the_documented_one(form):
     assert jnp.all(jnp.isfinite(model.apply(variables, tokens)))
 
 
+@pytest.mark.standard_promotion
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
     model, variables, tokens = build(dtype="bfloat16")
     want = build()[0].apply(variables, tokens)
