@@ -1,15 +1,15 @@
-"""Time and memory of attention: CoPE dense, CoPE blockwise, and attention without encoding, side by
-side.
+"""Time and memory of attention: CoPE dense and blockwise, and attention without encoding.
 
     python benchmarks/attention.py                                  T = 4096 on the device JAX finds
     python benchmarks/attention.py --lengths 1024 4096 --rounds 7
     python benchmarks/attention.py --lengths 16384 --contenders cope_xla --output long.json
 
-All contenders take turns in one process, so a machine that slows down slows all of them; times are
-medians. Before any time is taken every contender is checked against the reference on a small
-problem. Peak memory is that of a process of its own for each contender, minus what the process had
-before: resident memory on a CPU, the allocator's peak elsewhere. PyTorch, if it is installed, runs
-    the paper's dense form on the same data (on the CPU, or on the GPU that it finds).
+All contenders take turns in one process, so a machine that slows down slows all of them; each runs
+once untimed and once timed in its turn, and times are medians. Before any time is taken every
+contender is checked against the reference on a small problem. Peak memory is that of a process of
+its own for each contender, minus what the process had before: resident memory on a CPU, the
+allocator's peak elsewhere. PyTorch, if it is installed, runs the paper's dense form on the same
+data (on the CPU, or on the GPU that it finds).
 """
 
 import dataclasses
@@ -209,14 +209,14 @@ def times(settings: Settings, length: int, names: list[str]) -> dict[str, dict[s
     arrays = problem(settings, length)
     passes = {name: CONTENDERS[name][1](settings, arrays) for name in names}
     seconds = {name: {step: [] for step in PASSES} for name in names}
-    for number in range(settings.rounds + 1):  # the first round compiles
+    for _ in range(settings.rounds):
         for step in PASSES:
             for name in names:
                 gc.collect()
+                passes[name][step]()  # after the others: caches and pages are this one's again
                 start = time.perf_counter()
                 passes[name][step]()
-                if number:
-                    seconds[name][step].append(time.perf_counter() - start)
+                seconds[name][step].append(time.perf_counter() - start)
     return seconds
 
 
@@ -255,6 +255,10 @@ def _peak_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     if stats is not None:
         return stats["peak_bytes_in_use"]
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would count what the parent held when it forked
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -13,7 +13,8 @@ def selective_copy() -> Config:
 
     Command: python train.py selective_copy --compare cope rope learned
 
-    Result and time: measured results stand in the README.
+    Result and time: wrong symbols dense / sparse, mean of seeds 0 to 2: CoPE 0.4 / 0.6 %, RoPE 76 /
+    76 %, learned 86 / 73 %. The command takes 2 minutes on 2 cores.
     """
     return Config(
         name="selective_copy",
