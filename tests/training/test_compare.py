@@ -65,7 +65,7 @@ def test_tables_and_files_show_the_numbers(finished):
             for seed, value in zip(SEEDS, seeds.split(", "), strict=True):
                 want = 100 * entry["seeds"][str(seed)][split]["token_error"]
                 assert float(value) == pytest.approx(want, abs=6e-3)
-            assert cell in text
+            assert f"{mean}%" in text and f"[{seeds}]" in text
         assert f"| {' | '.join(row)} |" in markdown
     for name in ("compare.png", "loss.png"):
         assert (directory / name).stat().st_size > 5000
