@@ -4,7 +4,8 @@ import importlib
 from typing import Any
 
 from posjax.attention import dot_product_attention
-from posjax.bias import ArrayBias, Bias, BiasSum, ContextualBias, RelativeBias
+from posjax.bias import ArrayBias, Bias, BiasSum, RelativeBias
+from posjax.contextual import ContextualBias
 
 __all__ = [
     "ArrayBias",
