@@ -33,9 +33,10 @@ def gradient(*inputs):
 @pytest.fixture(autouse=True, scope="module")
 def optimised():
     """Compiled as users compile."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -54,6 +54,7 @@ class PositionEncoding(nn.Module):
     What a subclass says about itself, as a class variable or a property:
 
         is_causal_only: whether it is defined for causal attention only.
+        reads_ahead: whether it reads tokens that follow, so that a causal model cannot use it.
         beyond: what happens at positions beyond the trained ones. "extrapolates": every position is
             defined and different; "clips": far positions are treated as one; "raises": a
             `posjax.positions.LengthError` (NaN where a compiled program cannot raise).
@@ -62,6 +63,7 @@ class PositionEncoding(nn.Module):
     """
 
     is_causal_only: ClassVar[bool] = False
+    reads_ahead: ClassVar[bool] = False
     beyond: ClassVar[Literal["extrapolates", "clips", "raises"]] = "extrapolates"
     decodes: ClassVar[bool] = True
 

@@ -43,6 +43,11 @@ class Combine(PositionEncoding):
         return any(part.is_causal_only for part in self.encodings)
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether a part reads tokens that follow."""
+        return any(part.reads_ahead for part in self.encodings)
+
+    @property
     def beyond(self) -> str:
         """As the strictest part; one part that extrapolates makes far positions differ."""
         of_parts = {part.beyond for part in self.encodings}

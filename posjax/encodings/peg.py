@@ -91,11 +91,12 @@ class PEG(PositionEncoding):
     causal one, for text; it tells neighbours apart, and only the first kernel_size - 1 tokens where
     they are.
 
-    The form on a grid sees tokens that follow, so it is for attention in both directions and cannot
-    decode. Every position is defined and beyond the trained length nothing changes. Positions must
-    go up by 1 from 0 in each sequence. Tested against PyTorch's Conv1d and Conv2d. Parameters,
-    float32: kernel [kernel_size, D] or [kernel_size, kernel_size, D], which starts uniform within
-    +-taps^-0.5 as PyTorch's, and offset [D], which starts at 0. They exist in one layer only.
+    The form on a grid sees tokens that follow, so it is for attention in both directions: it cannot
+    decode, and `posjax.models.Transformer`, which is causal, refuses it. Every position is defined
+    and beyond the trained length nothing changes. Positions must go up by 1 from 0 in each
+    sequence. Tested against PyTorch's Conv1d and Conv2d. Parameters, float32: kernel [kernel_size,
+    D] or [kernel_size, kernel_size, D], which starts uniform within +-taps^-0.5 as PyTorch's, and
+    offset [D], which starts at 0. They exist in one layer only.
 
     Args:
         kernel_size: taps along each axis; on a grid odd.
@@ -134,8 +135,13 @@ class PEG(PositionEncoding):
         super().__post_init__()
 
     @property
+    def reads_ahead(self) -> bool:
+        """On a grid a place sees the ones below it."""
+        return self.grid is not None
+
+    @property
     def decodes(self) -> bool:
-        """Only on a sequence: on a grid a place sees the ones below it."""
+        """Only on a sequence."""
         return self.grid is None
 
     def layer(self, index: int, layers: int) -> Self:

@@ -26,6 +26,11 @@ class Wrapper(PositionEncoding):
         return self.encoding.is_causal_only
 
     @property
+    def reads_ahead(self) -> bool:
+        """As the encoding inside."""
+        return self.encoding.reads_ahead
+
+    @property
     def beyond(self) -> str:
         """As the encoding inside."""
         return self.encoding.beyond

@@ -76,7 +76,7 @@ class Transformer(nn.Module):
             keep: return (logits, cache) without a cache to start from.
 
         Raises:
-            ValueError: segment_ids together with a cache.
+            ValueError: segment_ids together with a cache; an encoding that reads following tokens.
             NotImplementedError: a cache with an encoding that cannot decode.
             posjax.positions.LengthError: more tokens than a table of the encoding has rows.
         """
@@ -86,6 +86,11 @@ class Transformer(nn.Module):
             )
         config = self.config
         own = PositionEncoding(parent=None) if self.encoding is None else self.encoding
+        if own.reads_ahead:
+            raise ValueError(
+                f"{type(own).__name__} reads tokens that follow; this model is causal and would "
+                "see its own targets. Use the encoding in a model that attends in both directions."
+            )
         if cache is not None and not own.decodes:
             raise NotImplementedError(
                 f"{type(own).__name__} cannot decode with a cache: run the model on all tokens."

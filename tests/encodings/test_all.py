@@ -70,7 +70,7 @@ def run(model, variables, tokens, cache=None, *, positions=None, segment_ids=Non
 def variables_of(name):
     """Random values, because tables that start at 0 or near it would hide mistakes."""
     random = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(0.5 * random.normal(size=x.shape), x.dtype)  # noqa: E731
+    draw = lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype)  # noqa: E731
     return jax.tree.map(draw, shapes(model(name)))
 
 
@@ -94,6 +94,12 @@ def assert_close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance), a, b)
 
 
+def assert_gradient(value, want):
+    """Within 1e-5 of the largest entry: a gradient is a sum over all tokens."""
+    atol = 1e-5 * max(1, np.abs(want).max())
+    np.testing.assert_allclose(value, want, rtol=1e-4, atol=atol)
+
+
 @every
 def test_is_a_configuration(name):
     """Equal settings are equal and hash alike; without parts every field has a default."""
@@ -112,14 +118,14 @@ def test_implementations_agree_in_values_and_gradients(name):
     def grad(model, variables):
         def loss(variables):
             output = model.apply(variables, TOKENS)
-            return jnp.mean(jnp.sin(output)), output
+            return jnp.sum(jnp.sin(output)), output
 
         return jax.grad(loss, has_aux=True)(variables)
 
     dense, output = grad(model(name), variables_of(name))
     blockwise, same = grad(model(name, implementation="xla"), variables_of(name))
-    assert_close(output, same)
-    assert_close(dense, blockwise, 1e-4)
+    assert_close(output, same, 1e-5)
+    jax.tree.map(assert_gradient, blockwise, dense)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(dense))
     for inside, values in of_encoding(dense).items():
         assert any(np.any(x) for x in values), inside
@@ -137,8 +143,9 @@ def test_bfloat16_is_near(name):
     exact = run(model(name), variables_of(name), TOKENS)
     narrow = model(name, dtype="bfloat16")
     output, cache = run(narrow, variables_of(name), TOKENS, keep=True)
-    assert cache.layers[0].attention.key.dtype == jnp.bfloat16
-    np.testing.assert_allclose(output, exact, atol=0.1 * np.abs(exact).max())
+    kept = cache.layers[0].attention
+    assert kept.key.dtype == kept.value.dtype == jnp.bfloat16
+    np.testing.assert_allclose(output, exact, atol=0.03 * np.abs(exact).max())
 
 
 @every
@@ -197,7 +204,7 @@ def test_sharded_over_heads_and_data_is_unsharded(name):
     @jax.jit
     def loss(variables, tokens):
         output = model(name, implementation="xla").apply(variables, tokens)
-        return jnp.mean(jnp.sin(output))
+        return jnp.sum(jnp.sin(output))
 
     want, want_grads = jax.value_and_grad(loss)(variables_of(name), TOKENS)
     with jax.set_mesh(mesh):
@@ -207,7 +214,7 @@ def test_sharded_over_heads_and_data_is_unsharded(name):
     kernel = grads["params"]["layer_0"]["attention"]["query"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[1] == SMALL.heads // 2
     assert_close(value, want)
-    assert_close(jax.device_get(grads), jax.device_get(want_grads), 1e-4)
+    jax.tree.map(assert_gradient, jax.device_get(grads), jax.device_get(want_grads))
 
 
 @every

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.encodings import PEG
+from posjax.encodings import PEG, Combine, RoPE, Temperature
 from posjax.encodings.peg import causal_convolution, grid_convolution
+from posjax.models import Transformer, TransformerConfig
 from posjax.positions import segment_positions
 
 REASON = "compares with PyTorch's convolutions"
@@ -177,3 +178,12 @@ def test_bfloat16_is_summed_in_float32():
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=f"PEG {words}"):
         PEG(**settings)
+
+
+@pytest.mark.parametrize("wrapped", [lambda e: e, lambda e: Combine((RoPE(), e)), Temperature])
+def test_a_causal_model_refuses_a_grid(wrapped):
+    model = Transformer(
+        TransformerConfig(layers=2), vocab_size=5, encoding=wrapped(PEG(grid=(2, 3)))
+    )
+    with pytest.raises(ValueError, match="reads tokens that follow; this model is causal"):
+        model.init(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,8 +166,12 @@ def test_there_is_nothing_beyond_the_range():
 def test_parts_of_a_combination_keep_their_carries():
     inner = Combine((RoPE(), ALiBi()))
     encoding = Randomized(inner, draws=2, max_length=20, evaluation_length=10)
-    _, carry = encoding.apply({}, TOKENS, PLACES, method="positions")
-    encoding.apply({}, TOKENS[:, :1], PLACES[:, :1] + 6, carry, method="positions")
+    call = functools.partial(encoding.apply, {}, method="positions")
+    whole, _ = call(TOKENS, PLACES)
+    first, carry = call(TOKENS[:, :2], PLACES[:, :2])
+    second, _ = call(TOKENS[:, 2:], PLACES[:, 2:], carry)
+    joined = jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=1), first, second)
+    jax.tree.map(np.testing.assert_array_equal, joined, whole)
 
 
 @pytest.mark.parametrize(
