@@ -33,7 +33,7 @@ def gradient(*inputs):
 @pytest.fixture(autouse=True, scope="module")
 def optimised():
     """Compiled as users compile."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
