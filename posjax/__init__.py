@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from posjax.attention import dot_product_attention
+from posjax.attention import dot_product_attention, implementations_used
 from posjax.biases.base import ArrayBias, Bias, BiasSum, RelativeBias
 from posjax.biases.contextual import ContextualBias
 from posjax.biases.products import ProductBias, SinusoidBias
@@ -24,6 +24,7 @@ __all__ = [
     "StickBreakingBias",
     "__version__",
     "dot_product_attention",
+    "implementations_used",
 ]
 __version__ = "0.1.0"
 

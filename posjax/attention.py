@@ -1,16 +1,41 @@
 """`posjax.dot_product_attention`: checks its arguments and chooses an implementation."""
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias, as_bias
 from posjax.kernels import blocks, blockwise, reference, sharding
+from posjax.kernels.tpu import attention as tpu
 from posjax.masks import Mask, Side
 from posjax.types import Array, Bool, Float, Implementation, Int, Num, Window
 
-__all__ = ["dot_product_attention"]
+__all__ = ["dot_product_attention", "implementations_used"]
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+_used: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("used", default=None)
+
+
+@contextlib.contextmanager
+def implementations_used() -> Iterator[list[str]]:
+    """A list to which every call of `dot_product_attention` inside adds the implementation it took.
+
+    >>> q = jnp.ones((1, 4, 2, 8))
+    >>> with implementations_used() as used:
+    ...     _ = jax.eval_shape(lambda q: dot_product_attention(q, q, q, implementation="xla"), q)
+    >>> used
+    ['xla']
+    """
+    used: list[str] = []
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
 
 
 def dot_product_attention(
@@ -52,8 +77,9 @@ def dot_product_attention(
         local_window_size: (left, right), or one number for both: keys farther from the query are
             not seen.
         implementation: "reference" (dense, float32 inside), "xla" (blockwise, O(T) memory, any
-            backend), "tpu", "gpu"; None chooses: `jax.nn.dot_product_attention` without bias and
-            with at most `is_causal`, else "xla".
+            backend), "tpu" (Pallas; no bias or a `ContextualBias`), "gpu"; None chooses: on TPUs
+            "tpu" where it can and there are at least 128 queries; elsewhere, without bias and with
+            at most `is_causal`, `jax.nn.dot_product_attention`; else "xla".
 
     Returns:
         [B, T, N, E] in query's dtype; E is the head size of value.
@@ -88,24 +114,36 @@ def dot_product_attention(
     scale = _checked_scale(scale, size)
     plain = bias is None and query_positions is None and key_positions is None
     plain &= key.shape == value.shape
-    chosen = _choose(implementation, plain and _only_causal(mask, length == key.shape[1]))
+    chosen = _choose(
+        implementation,
+        jax_can=plain and _only_causal(mask, length == key.shape[1]),
+        tpu_can=length >= 128 and tpu.unsupported(query, bias, mask) is None,
+    )
+    if _used.get() is not None:
+        _used.get().append(chosen)
     if chosen == "jax":
         return jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=is_causal)
     if chosen == "reference":
         return reference.attention(query, key, value, bias, mask, scale=scale)
-    sizes = blocks.blockwise_sizes(length, key.shape[1])
-    run = lambda *arrays: blockwise.attention(*arrays, scale=scale, blocks=sizes)  # noqa: E731
-    return sharding.over_mesh(run, query, key, value, bias, mask)
+    if chosen == "tpu":
+        sizes = blocks.tpu_sizes(length, key.shape[1])
+        run = functools.partial(tpu.attention, scale=scale, blocks=sizes)
+    else:
+        sizes = blocks.blockwise_sizes(length, key.shape[1])
+        run = functools.partial(blockwise.attention, scale=scale, blocks=sizes)
+    return sharding.over_mesh(run, query, key, value, bias, mask, opaque=chosen == "tpu")
 
 
-def _choose(implementation: str | None, jax_can: bool) -> str:
+def _choose(implementation: str | None, *, jax_can: bool, tpu_can: bool) -> str:
     if implementation is None:
+        if tpu_can and jax.default_backend() == "tpu":
+            return "tpu"
         return "jax" if jax_can else "xla"
-    if implementation in ("tpu", "gpu"):
+    if implementation == "gpu":
         raise NotImplementedError(
             f'implementation="{implementation}" is not part of this version; use None or "xla".'
         )
-    if implementation not in ("reference", "xla"):
+    if implementation not in ("reference", "xla", "tpu"):
         names = 'None, "reference", "xla", "tpu" or "gpu"'
         raise ValueError(f"implementation is {implementation!r}; it must be {names}.")
     return implementation

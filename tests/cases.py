@@ -14,7 +14,7 @@ from posjax import (
     dot_product_attention,
 )
 
-__all__ = ["BIASES", "Case", "arrays", "run", "run_with_gradients"]
+__all__ = ["BIASES", "Case", "arrays", "dense_narrow", "run", "run_with_gradients"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,4 +158,36 @@ def run_with_gradients(case: Case, inputs: dict, params: dict, implementation: s
     (_, output), grads = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))(
         inputs, params
     )
+    return output, grads
+
+
+def dense_narrow(case, inputs, params):
+    """Dense attention with products in the inputs' type and float32 softmax, gates and counts."""
+
+    def weighted(inputs, params):
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        groups = case.heads // case.kv_heads
+        repeated = jnp.repeat(key, groups, axis=2)
+        allowed = jnp.tril(jnp.ones((case.queries, case.keys), bool))[None, None]
+        logits = (
+            jnp.einsum("btnh,bsnh->bnts", query, repeated).astype(jnp.float32) * case.size**-0.5
+        )
+        bias = BIASES[case.bias][1](params, case)
+        if bias is not None:
+            index = jnp.arange(case.queries)[None]
+            context = {
+                "scale": case.size**-0.5,
+                "allowed": allowed,
+                "query_positions": index,
+                "key_positions": index,
+            }
+            logits += bias.dense(query, key, **context)
+        weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1).astype(case.dtype)
+        output = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(value, groups, axis=2)).astype(
+            jnp.float32
+        )
+        factors = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
+        return jnp.sum(output * factors), output
+
+    (_, output), grads = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(inputs, params)
     return output, grads

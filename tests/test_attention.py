@@ -11,7 +11,7 @@ import pytest
 import posjax.kernels.blocks
 from posjax import ContextualBias, dot_product_attention
 from tests import tolerances
-from tests.cases import BIASES, Case, arrays, run, run_with_gradients
+from tests.cases import BIASES, Case, arrays, dense_narrow, run, run_with_gradients
 
 IMPLEMENTATIONS = ["xla"]
 BLOCK_Q, BLOCK_K = 8, 16
@@ -94,43 +94,11 @@ def test_narrow_types_are_as_good_as_a_dense_computation(bias, dtype, implementa
         dataclasses.replace(case, dtype="float32"), exact, params, "reference"
     )
     got = run_with_gradients(case, inputs, params, implementation)
-    dense = _dense_narrow(case, inputs, params)
+    dense = dense_narrow(case, inputs, params)
     assert run(case, inputs, params, implementation).dtype == jnp.dtype(dtype)
     for w, g, d in zip(*(jax.tree.leaves(x) for x in (want, got, dense)), strict=True):
         error = lambda x, w=w: float(jnp.max(jnp.abs(x.astype(jnp.float32) - w)))  # noqa: E731
         assert error(g) <= tolerances.NARROW_FACTOR * error(d) + tolerances.NARROW_SLACK[dtype]
-
-
-def _dense_narrow(case, inputs, params):
-    """Dense attention with products in the inputs' type and float32 softmax, gates and counts."""
-
-    def weighted(inputs, params):
-        query, key, value = inputs["query"], inputs["key"], inputs["value"]
-        groups = case.heads // case.kv_heads
-        repeated = jnp.repeat(key, groups, axis=2)
-        allowed = jnp.tril(jnp.ones((case.queries, case.keys), bool))[None, None]
-        logits = (
-            jnp.einsum("btnh,bsnh->bnts", query, repeated).astype(jnp.float32) * case.size**-0.5
-        )
-        bias = BIASES[case.bias][1](params, case)
-        if bias is not None:
-            index = jnp.arange(case.queries)[None]
-            context = {
-                "scale": case.size**-0.5,
-                "allowed": allowed,
-                "query_positions": index,
-                "key_positions": index,
-            }
-            logits += bias.dense(query, key, **context)
-        weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1).astype(case.dtype)
-        output = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(value, groups, axis=2)).astype(
-            jnp.float32
-        )
-        factors = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
-        return jnp.sum(output * factors), output
-
-    (_, output), grads = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(inputs, params)
-    return output, grads
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

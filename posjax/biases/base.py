@@ -161,6 +161,14 @@ class Bias(abc.ABC):
             mapped, **{n: on_axes(v) for n, v in values.items() if v is not None}
         )
 
+    def can_split_heads(self, parts: int) -> bool:
+        """Whether `parts` devices can each have the description of their own heads."""
+        return parts == 1
+
+    def map_heads(self, function: Callable[[Array, int], Any], others: Self) -> Self:
+        """`others`, with `function(array, axis of the heads)` for the fields that have one."""
+        return others
+
     def _with_fields(self, function: Callable[..., Array]) -> Self:
         """A copy with `function(value, query axis, key axis)` applied to each field in `axes`."""
         values = {name: getattr(self, name) for name in self.axes}

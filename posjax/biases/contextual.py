@@ -144,6 +144,21 @@ class ContextualBias(Bias):
                 '(from the last key seen) or "forward".'
             )
 
+    def can_split_heads(self, parts):
+        """One gate key for all heads can go to all devices; several must divide."""
+        heads = 1 if self.gate_key is None else self.gate_key.shape[2]
+        return heads == 1 or heads % parts == 0
+
+    def map_heads(self, function, others):
+        """A table of each head, gate keys and a bias of each head."""
+        fields = {"gate_key": 2}
+        fields |= {"table": 0} if self.table.ndim == 3 else {}
+        if self.gate_bias is not None and jnp.ndim(self.gate_bias) == 1:
+            fields["gate_bias"] = 0
+        split = {n: (getattr(self, n), axis) for n, axis in fields.items()}
+        mapped = {n: function(x, axis) for n, (x, axis) in split.items() if x is not None}
+        return dataclasses.replace(others, **mapped)
+
     def _gate_logits(self, dots: Array, scale: float) -> Array:
         logits = dots * (scale if self.gate_scale is None else self.gate_scale)
         if self.gate_bias is None:

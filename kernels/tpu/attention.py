@@ -1,0 +1,206 @@
+"""Attention on TPUs: what is supported, the layout that the kernels want, and gradients.
+
+output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from posjax.biases.base import Bias
+from posjax.biases.contextual import ContextualBias
+from posjax.kernels.blocks import TpuBlocks
+from posjax.kernels.tpu import counting
+from posjax.kernels.tpu.backward import backward
+from posjax.kernels.tpu.forward import forward
+from posjax.kernels.tpu.plan import LANES, LOG2E, Contextual, Plan, Ranges, interleave, walk_ranges
+from posjax.masks import Mask, Side
+from posjax.types import Array, Num
+
+__all__ = ["attention", "unsupported"]
+
+# Positions and segments of padding: no query stands so far, and no real token has these ids.
+_FAR = 2**30
+_NO_QUERY, _NO_KEY = -(2**31), -(2**31) + 1
+
+
+def unsupported(query: Array, bias: Bias | None, mask: Mask) -> str | None:
+    """Why these kernels cannot do this, or None where they can."""
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"query has dtype {query.dtype}; the TPU kernels take float32 and bfloat16"
+    if mask.array is not None:
+        return "an explicit mask array has no block that the TPU kernels could leave out"
+    if bias is None:
+        return None
+    if not isinstance(bias, ContextualBias):
+        return f"{type(bias).__name__} has no TPU kernel"
+    if bias.direction == "forward":
+        return 'direction="forward" counts from the far end, and the TPU kernels start at the query'
+    return None
+
+
+def attention(
+    query: Num[Array, "B T N H"],
+    key: Num[Array, "B S K H"],
+    value: Num[Array, "B S K E"],
+    bias: Bias | None,
+    mask: Mask,
+    *,
+    scale: float,
+    blocks: TpuBlocks,
+) -> Num[Array, "B T N E"]:
+    """Attention by the TPU kernels; a query that may attend to nothing gives 0.
+
+    Raises:
+        NotImplementedError: for what `unsupported` names.
+    """
+    reason = unsupported(query, bias, mask)
+    if reason is not None:
+        raise NotImplementedError(f'{reason}; use implementation="xla".')
+    length, keys = query.shape[1], key.shape[1]
+    padding = -length % blocks.query, -keys % blocks.key
+    mask = _padded(mask, *padding)
+    plan = Plan(
+        scale=scale,
+        blocks=blocks,
+        queries=length,
+        is_causal=mask.is_causal,
+        window=mask.window,
+        segments=mask.query.segment_ids is not None,
+        contextual=_contextual(bias, scale),
+    )
+    numbers = walk_ranges(mask, plan)
+    arrays = _same_heads(_heads_first(plan, padding, query, key, value, bias))
+    arrays |= {} if bias is None else _tables(plan, bias, query.shape[2])
+    output = _attention(plan, numbers.batch, arrays, numbers.flat, _sides(plan, mask))
+    return jnp.swapaxes(output, 1, 2)[:, :length]
+
+
+def _contextual(bias: ContextualBias | None, scale: float) -> Contextual | None:
+    if bias is None:
+        return None
+    return Contextual(
+        positions=bias.num_positions,
+        gate_scale=scale if bias.gate_scale is None else bias.gate_scale,
+        own_gate_key=bias.gate_key is not None,
+        gate_bias=bias.gate_bias is not None,
+    )
+
+
+def _padded(mask: Mask, queries: int, keys: int) -> Mask:
+    """The mask with padding that nothing sees: by its position or by its segment."""
+
+    def side(real: Side, amount: int, position: int | None, segment: int) -> Side:
+        width = ((0, 0), (0, amount))
+        positions = real.positions.astype(jnp.int32)
+        if position is None:
+            positions = jnp.pad(positions, width, mode="edge")
+        else:
+            positions = jnp.pad(positions, width, constant_values=position)
+        ids = real.segment_ids
+        if ids is None and keys and not mask.is_causal:
+            ids = jnp.zeros((1, real.length), jnp.int32)
+        if ids is not None:
+            ids = jnp.pad(ids.astype(jnp.int32), width, constant_values=segment)
+        return Side(positions, ids)
+
+    return Mask(
+        side(mask.query, queries, None, _NO_QUERY),
+        side(mask.key, keys, _FAR if mask.is_causal else None, _NO_KEY),
+        is_causal=mask.is_causal,
+        window=mask.window,
+    )
+
+
+def _heads_first(plan: Plan, padding, query, key, value, bias) -> dict[str, Array]:
+    """[B, heads, padded length, size]; keys interleaved."""
+
+    def turned(x: Array, amount: int) -> Array:
+        return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, amount), (0, 0)))
+
+    queries, keys = padding
+    arrays = {"key": key, "value": value}
+    if bias is not None and bias.gate_key is not None:
+        same = bias.gate_key.dtype == query.dtype
+        arrays["gate_key"] = bias.gate_key.astype(query.dtype if same else jnp.float32)
+    arrays = {name: interleave(turned(x, keys), 2, plan) for name, x in arrays.items()}
+    return {"query": turned(query, queries)} | arrays
+
+
+def _same_heads(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Keys, values and gate keys repeated to one number of heads."""
+    names = [name for name in ("key", "value", "gate_key") if name in arrays]
+    counts = {arrays[name].shape[1] for name in names}
+    many = max(counts)
+    if any(many % count for count in counts):
+        many = arrays["query"].shape[1]
+    repeated = {n: jnp.repeat(arrays[n], many // arrays[n].shape[1], axis=1) for n in names}
+    return arrays | repeated
+
+
+def _tables(plan: Plan, bias: ContextualBias, heads: int) -> dict[str, Array]:
+    """The table less its last row, in units of ln 2, [1 or N, width, H]; gate biases likewise."""
+    table = bias.table.astype(jnp.float32)
+    table = table if table.ndim == 3 else table[None]
+    table = (table - table[:, -1:]) * (bias.bias_scale * LOG2E)
+    width = plan.pieces * LANES
+    arrays = {"table": jnp.pad(table, ((0, 0), (0, width - table.shape[1]), (0, 0)))}
+    if bias.gate_bias is not None:
+        gate_bias = jnp.broadcast_to(bias.gate_bias.astype(jnp.float32) * LOG2E, (heads,))
+        arrays["gate_bias"] = jnp.broadcast_to(gate_bias[:, None, None], (heads, 1, LANES))
+    return arrays
+
+
+def _sides(plan: Plan, mask: Mask) -> dict[str, Array]:
+    """Positions and segments as the kernels read them, [B or 1, 1, length]."""
+    fields = {"positions": mask.query.positions, "segments": mask.query.segment_ids}
+    of_keys = {"positions": mask.key.positions, "segments": mask.key.segment_ids}
+    wanted = [name for name in fields if name == "positions" or plan.segments]
+    wanted = wanted if plan.restricted else []
+    sides = {f"query_{name}": fields[name][:, None] for name in wanted}
+    return sides | {f"key_{name}": interleave(of_keys[name], 1, plan)[:, None] for name in wanted}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(plan: Plan, rows: int, arrays: dict, numbers: Array, sides: dict) -> Array:
+    return _attention_fwd(plan, rows, arrays, numbers, sides)[0]
+
+
+def _attention_fwd(plan: Plan, rows: int, arrays: dict, numbers: Array, sides: dict):
+    ranges = Ranges(numbers, rows, arrays["query"].shape[2] // plan.blocks.query)
+    inputs = arrays | sides
+    if plan.contextual is not None:
+        inputs["lower"] = counting.triangle()
+    found = forward(plan, ranges, inputs)
+    return found["output"], (arrays, numbers, sides, found)
+
+
+def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
+    arrays, numbers, sides, found = residuals
+    ranges = Ranges(numbers, rows, cotangent.shape[2] // plan.blocks.query)
+    output = found["output"].astype(jnp.float32)
+    if "rest" in found:
+        output += found["rest"].astype(jnp.float32)
+    products = cotangent.astype(jnp.float32) * output
+    inputs = arrays | sides | {"cotangent": cotangent, "lse": found["lse"]}
+    inputs["delta"] = jnp.sum(products, axis=3)[:, :, None]
+    if plan.contextual is not None:
+        lower = counting.triangle()
+        inputs |= {"carries": found["carries"], "lower": lower, "upper": lower.T}
+    grads = backward(plan, ranges, inputs)
+    return {name: _like(x, name, grads[name]) for name, x in arrays.items()}, None, None
+
+
+def _like(x: Array, name: str, gradient: Array) -> Array:
+    """A gradient added up over what the array was shared by."""
+    if name == "query":
+        gradient = jnp.sum(gradient, axis=0)
+    if name in ("table", "gate_bias"):
+        gradient = jnp.sum(gradient, axis=0)
+    if name == "table" and x.shape[0] == 1:
+        gradient = jnp.sum(gradient, axis=0, keepdims=True)
+    return gradient.astype(x.dtype)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)

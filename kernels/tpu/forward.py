@@ -1,0 +1,224 @@
+"""The forward kernel.
+
+    output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
+
+| grid axis | walks                                 | holds                                      |
+|-----------|---------------------------------------|--------------------------------------------|
+| batch     |                                       |                                            |
+| head      |                                       |                                            |
+| queries   | blocks of queries                     | output, softmax and count of the block     |
+| memory    | parts of the keys, from right to left | keys and values of `TpuBlocks.memory` keys |
+
+Inside, loops over the masked blocks of keys on the right, the full ones up to where every count has
+reached the end of the table, the other full ones (plain attention), and the masked ones on the
+left. Logits and their log-sum-exp are in units of ln 2.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from posjax.kernels.common import MASKED
+from posjax.kernels.tpu import registers, tiles
+from posjax.kernels.tpu.counting import HALF
+from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
+from posjax.kernels.tpu.plan import LANES, Plan, Ranges, Span
+from posjax.kernels.tpu.tiles import Scores, Tile
+from posjax.types import Array
+
+__all__ = ["forward"]
+
+
+def forward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
+    """Output [B, N, T, E], log-sum-exp [B, N, 1, T] and, with a contextual bias, carries.
+
+    In bfloat16 with a contextual bias also `rest`, what rounding took from the output: it would
+    tilt the gradients of a whole row, which those of the gates add up. Carries [B, N, blocks of
+    keys, T] are the counts on the right of each block of keys, less 1/2;
+    or more than there are positions, where the block was plain attention.
+    """
+    layout = Layout.of(plan, inputs)
+    at = Indices(
+        batch=lambda b, n, i, m, _: b,
+        head=lambda b, n, i, m, _: n,
+        query=lambda b, n, i, m, _: i,
+        memory=lambda b, n, i, m, numbers: _part(layout, ranges.span(numbers, b, i), m),
+    )
+    outputs = layout.outputs(at)
+    kernel = pl.pallas_call(
+        functools.partial(_kernel, plan, layout, ranges),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(layout.batch, layout.heads, layout.query_blocks, layout.parts),
+            in_specs=[layout.input_specs(inputs, at)],
+            out_specs={name: spec for name, (_, spec) in outputs.items()},
+            scratch_shapes=[_scratch(plan, layout)],
+        ),
+        out_shape={name: shape for name, (shape, _) in outputs.items()},
+        compiler_params=compiler_params("parallel", "parallel", "arbitrary", "arbitrary"),
+        cost_estimate=layout.cost(products=2),
+        name="posjax_attention_forward",
+    )
+    return kernel(ranges.flat, inputs)
+
+
+def _part(layout: Layout, span: Span, step: Array) -> Array:
+    """The part of the keys at a step of the walk; where nothing of it is seen, the nearest seen."""
+    blocks = layout.part_blocks
+    return jnp.clip(
+        layout.parts - 1 - step, span.first // blocks, jnp.maximum(span.last, 0) // blocks
+    )
+
+
+def _scratch(plan: Plan, layout: Layout) -> dict:
+    """What lives while a block of queries walks over its keys."""
+    rows = plan.blocks.query
+    shapes = {"maximum": (rows, LANES), "total": (rows, LANES), "output": (rows, layout.value_size)}
+    if plan.contextual is not None:
+        table = (rows, plan.pieces * LANES)
+        shapes |= {"carry": (rows, LANES), "middle": table, "slope": table}
+        shapes |= {"saved": (layout.carry_groups, rows, LANES)}
+    return {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+class _Block(NamedTuple):
+    """One place of the grid: what is static, and what can be read and written."""
+
+    plan: Plan
+    inputs: dict
+    scratch: dict
+    start: Array  # the first block of keys in memory
+
+
+def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs, scratch):
+    b, i, m = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    start = (layout.parts - 1 - m) * layout.part_blocks
+    block = _Block(plan, inputs, scratch, start)
+
+    @pl.when(m == 0)
+    def _():
+        _begin(block, i)
+
+    span = ranges.span(numbers, b, i)
+    inside = lambda low, high: (  # noqa: E731
+        jnp.maximum(low, start),
+        jnp.minimum(high, start + layout.part_blocks - 1),
+    )
+
+    def side(number, _):
+        """On the right the masked blocks and then the full ones; on the left the masked ones."""
+        right = number == 0
+        low, high = inside(
+            jnp.where(right, span.full_last + 1, span.first),
+            jnp.where(right, span.last, span.full_first - 1),
+        )
+        _leftwards(high, low, functools.partial(_tile, block, masked=True, counts=True))
+        low, high = inside(span.full_first, jnp.where(right, span.full_last, span.full_first - 1))
+        if plan.contextual is not None:
+            high = _count_on(block, high, low)
+        _leftwards(high, low, functools.partial(_tile, block, masked=False, counts=False))
+
+    jax.lax.fori_loop(0, 2, side, None)
+
+    @pl.when(m == layout.parts - 1)
+    def _():
+        _finish(block, outputs)
+
+
+def _leftwards(high: Array, low: Array, body: Callable) -> None:
+    jax.lax.fori_loop(0, high - low + 1, lambda step, _: body(high - step), None)
+
+
+def _count_on(block: _Block, high: Array, low: Array) -> Array:
+    """Counts in full blocks until nothing is left to count; the block to go on with."""
+    reached = block.plan.contextual.last - HALF
+
+    def counting() -> Array:
+        return (jnp.min(block.scratch["carry"][...]) < reached).astype(jnp.int32)
+
+    def step(loop):
+        index, _ = loop
+        _tile(block, index, masked=False, counts=True)
+        return index - 1, counting()
+
+    going_on = lambda loop: (loop[0] >= low) & (loop[1] == 1)  # noqa: E731
+    return jax.lax.while_loop(going_on, step, (high, counting()))[0]
+
+
+def _begin(block: _Block, i: Array) -> None:
+    """Nothing seen yet; the table of each query."""
+    plan, inputs, scratch = block.plan, block.inputs, block.scratch
+    scratch["maximum"][...] = jnp.full(scratch["maximum"].shape, MASKED, jnp.float32)
+    scratch["total"][...] = jnp.zeros(scratch["total"].shape, jnp.float32)
+    scratch["output"][...] = jnp.zeros(scratch["output"].shape, jnp.float32)
+    if plan.contextual is None:
+        return
+    shape, never = scratch["carry"].shape, float(plan.contextual.positions)
+    row = i * plan.blocks.query + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    # Rows of padding have nothing to count, so that the walk need not wait for them.
+    scratch["carry"][...] = jnp.where(row < plan.queries, -HALF, never)
+    scratch["saved"][...] = jnp.full(scratch["saved"].shape, never, jnp.float32)
+    scratch["middle"][...], scratch["slope"][...] = tiles.query_tables(inputs)
+
+
+def _tile(block: _Block, index: Array, *, masked: bool, counts: bool) -> None:
+    """Adds one block of keys."""
+    plan, inputs, scratch = block.plan, block.inputs, block.scratch
+    tile = Tile(plan, inputs, index - block.start, masked)
+    counts = counts and plan.contextual is not None
+    if counts:
+        carry = scratch["carry"][...]
+        _save(scratch["saved"], carry, index)
+        scores = tiles.contextual_scores(tile, carry, scratch["middle"], scratch["slope"])
+        scratch["carry"][...] = scores.carry
+    else:
+        scores = tiles.plain_scores(tile)
+    _softmax_update(tile, scores, scratch)
+
+
+def _save(saved, carry: Array, index: Array) -> None:
+    """Keeps the carry in the lane of its block."""
+    group = index // LANES
+    lane = jax.lax.broadcasted_iota(jnp.int32, carry.shape, 1)
+    saved[group] = jnp.where(lane == index % LANES, carry, saved[group])
+
+
+def _softmax_update(tile: Tile, scores: Scores, scratch: dict) -> None:
+    """Online softmax: the maximum of each row, lane by lane sums of weights, and the output."""
+    logits = tile.hide(scores.logits, MASKED)
+    old = scratch["maximum"][...]
+    highest = functools.reduce(jnp.maximum, logits)
+    new = jnp.maximum(old, registers.over_lanes(highest, jnp.max))
+    weights = tile.hide([jnp.exp2(x - new) for x in logits], 0.0)
+    shrink = jnp.exp2(old - new)
+    scratch["maximum"][...] = new
+    scratch["total"][...] = scratch["total"][...] * shrink + registers.added(weights)
+    value = tile.keys("value")
+    output = scratch["output"]
+    part = registers.matmul(registers.join(weights).astype(value.dtype), value)
+    output[...] = output[...] * registers.wide(shrink, output.shape[1]) + part
+
+
+def _finish(block: _Block, outputs: dict) -> None:
+    """Divides; a row that has seen nothing is 0."""
+    scratch = block.scratch
+    total = registers.over_lanes(scratch["total"][...], jnp.sum)
+    total = jnp.where(total == 0, 1.0, total)
+    size = outputs["output"].shape[1]
+    output = scratch["output"][...] / registers.wide(total, size)
+    rounded = output.astype(outputs["output"].dtype)
+    outputs["output"][...] = rounded
+    if "rest" in outputs:
+        outputs["rest"][...] = (output - rounded.astype(jnp.float32)).astype(rounded.dtype)
+    outputs["lse"][...] = registers.row_of(scratch["maximum"][...] + jnp.log2(total))
+    if block.plan.contextual is not None:
+        count = outputs["carries"].shape[0]
+        for group in range(scratch["saved"].shape[0]):
+            rows = slice(group * LANES, min(count, (group + 1) * LANES))
+            turned = jnp.transpose(scratch["saved"][group])
+            outputs["carries"][rows, :] = turned[: rows.stop - rows.start]

@@ -1,0 +1,177 @@
+"""What the kernels know when they are compiled, and which blocks they walk over."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from posjax.kernels.blocks import TpuBlocks
+from posjax.masks import Mask, Side
+from posjax.types import Array, Int
+
+__all__ = [
+    "LANES",
+    "LN2",
+    "LOG2E",
+    "Contextual",
+    "Plan",
+    "Ranges",
+    "Span",
+    "interleave",
+    "walk_ranges",
+]
+
+# Lanes of a vector register.
+LANES = 128
+LN2 = 0.6931471805599453
+LOG2E = 1 / LN2
+
+
+@dataclasses.dataclass(frozen=True)
+class Contextual:
+    """The static part of a contextual bias.
+
+    `positions` is P; `gate_scale` multiplies products of query and (gate) key.
+    """
+
+    positions: int
+    gate_scale: float
+    own_gate_key: bool
+    gate_bias: bool
+
+    @property
+    def last(self) -> float:
+        """The count from which on the bias is 0."""
+        return float(self.positions - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one call; arrays are padded to whole blocks.
+
+    `queries` is the number of real queries; those behind it are padding.
+    """
+
+    scale: float
+    blocks: TpuBlocks
+    queries: int
+    is_causal: bool
+    window: tuple[int, int] | None
+    segments: bool
+    contextual: Contextual | None
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some query may not attend to some key."""
+        return self.is_causal or self.window is not None or self.segments
+
+    @property
+    def chunks(self) -> int:
+        """C: vector registers side by side in a block of keys."""
+        return self.blocks.key // LANES
+
+    @property
+    def pieces(self) -> int:
+        """Vector registers side by side that hold a query's table: at least P + C entries."""
+        return -(-(self.contextual.positions + self.chunks) // LANES)
+
+
+def interleave(x: Array, axis: int, plan: Plan) -> Array:
+    """Keys in the kernels' order: in a block, lane l of chunk c holds key l * C + c.
+
+    Neighbours in the sequence then lie in the same lane of different registers, and a running sum
+    over them is an addition of registers. Attention does not mind the order of keys.
+
+    >>> from posjax.kernels.blocks import TpuBlocks
+    >>> plan = Plan(1.0, TpuBlocks(128, 256), 1, True, None, False, None)
+    >>> interleave(jnp.arange(256), 0, plan)[jnp.array([0, 1, 128, 129])].tolist()
+    [0, 2, 1, 3]
+    """
+    axis %= x.ndim
+    shape = x.shape
+    split = (*shape[:axis], -1, LANES, plan.chunks, *shape[axis + 1 :])
+    return jnp.swapaxes(x.reshape(split), axis + 1, axis + 2).reshape(shape)
+
+
+class Span(NamedTuple):
+    """The blocks of keys that one block of queries walks over, from `last` leftwards to `first`.
+
+    Those from full_first to full_last are visible as a whole, others may be masked in parts. Where
+    none is full, full_last is first - 1 and full_first is first; where none is visible, last is
+    first - 1.
+    """
+
+    first: Int[Array, ""]
+    full_first: Int[Array, ""]
+    full_last: Int[Array, ""]
+    last: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """The spans of all blocks of queries, in one flat array."""
+
+    flat: Int[Array, "numbers"]
+    batch: int
+    blocks: int
+
+    def span(self, numbers, batch: Int[Array, ""], block: Int[Array, ""]) -> Span:
+        """The span of a block of queries; `numbers` is where `flat` can be read."""
+        row = batch if self.batch > 1 else 0
+        return Span(*(numbers[(row * 4 + field) * self.blocks + block] for field in range(4)))
+
+
+def walk_ranges(mask: Mask, plan: Plan) -> Ranges:
+    """The ranges of every block of queries; one row for all of a batch where all are alike."""
+    seen, full = _blocks_seen(mask, plan.blocks.query, plan.blocks.key)
+    any_seen, count = jnp.any(seen, axis=2), seen.shape[2]
+    first = jnp.where(any_seen, jnp.argmax(seen, axis=2), 1)
+    last = jnp.where(any_seen, count - 1 - jnp.argmax(seen[:, :, ::-1], axis=2), 0)
+    index = jnp.arange(count)[None, None, :]
+    full_last = jnp.max(jnp.where(full, index, -1), axis=2)
+    # The run of full blocks that ends there begins behind the last block that is not full.
+    broken = jnp.where(full | (index > full_last[:, :, None]), -1, index)
+    full_first = jnp.max(broken, axis=2) + 1
+    none = full_last < 0
+    full_first, full_last = (
+        jnp.where(none, first, full_first),
+        jnp.where(none, first - 1, full_last),
+    )
+    stacked = jnp.stack([first, full_first, full_last, last], axis=1).astype(jnp.int32)
+    return Ranges(stacked.reshape(-1), stacked.shape[0], stacked.shape[2])
+
+
+def _blocks_seen(mask: Mask, block_q: int, block_k: int) -> tuple[Array, Array]:
+    """Whether blocks hold a visible pair (an upper bound), and whether they hold only such."""
+    query, key = _Bounds.of(mask.query, block_q), _Bounds.of(mask.key, block_k)
+    closest = query.low[:, :, None] - key.high[:, None, :]
+    farthest = query.high[:, :, None] - key.low[:, None, :]
+    seen = jnp.ones_like(closest, dtype=bool)
+    full = seen
+    if mask.is_causal:
+        seen, full = seen & (farthest >= 0), full & (closest >= 0)
+    if mask.window is not None:
+        left, right = mask.window
+        seen &= (closest <= left) & (farthest >= -right)
+        full &= (farthest <= left) & (closest >= -right)
+    if mask.query.segment_ids is not None:
+        query, key = _Bounds.of(mask.query, block_q, True), _Bounds.of(mask.key, block_k, True)
+        low = jnp.maximum(query.low[:, :, None], key.low[:, None, :])
+        high = jnp.minimum(query.high[:, :, None], key.high[:, None, :])
+        alike = (query.low == query.high)[:, :, None] & (key.low == key.high)[:, None, :]
+        seen, full = seen & (low <= high), full & alike & (low == high)
+    return seen, full & seen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bounds:
+    """Smallest and largest position (or segment id) of each block."""
+
+    low: Int[Array, "#B blocks"]
+    high: Int[Array, "#B blocks"]
+
+    @classmethod
+    def of(cls, side: Side, size: int, segments: bool = False) -> "_Bounds":
+        values = side.segment_ids if segments else side.positions
+        blocks = values.reshape(values.shape[0], -1, size)
+        return cls(blocks.min(axis=-1), blocks.max(axis=-1))

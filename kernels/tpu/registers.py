@@ -1,0 +1,70 @@
+"""Arrays one register (128 lanes) wide, and matrix products."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from posjax.kernels.tpu.plan import LANES
+from posjax.types import Array, Float, Num
+
+__all__ = [
+    "NN",
+    "NT",
+    "TN",
+    "added",
+    "chunks",
+    "join",
+    "matmul",
+    "over_lanes",
+    "row_of",
+    "rows_of",
+    "wide",
+]
+
+# Which axes a product sums over: a @ b, a @ b.T, a.T @ b.
+NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+
+
+def matmul(a: Num[Array, "_ _"], b: Num[Array, "_ _"], how: tuple = NN) -> Float[Array, "_ _"]:
+    """A product in float32; exact to float32 where the inputs are."""
+    exact = a.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, how, precision=precision, preferred_element_type=jnp.float32)
+
+
+def chunks(x: Num[Array, "t s"]) -> list[Num[Array, "t 128"]]:
+    """A tile as registers side by side."""
+    return [x[:, start : start + LANES] for start in range(0, x.shape[1], LANES)]
+
+
+def join(parts: list[Num[Array, "t 128"]]) -> Num[Array, "t s"]:
+    """The inverse of `chunks`."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def added(parts: list[Float[Array, "t 128"]]) -> Float[Array, "t 128"]:
+    """The sum of chunks, lane by lane."""
+    return functools.reduce(operator.add, parts)
+
+
+def wide(x: Float[Array, "t 128"], size: int) -> Float[Array, "t size"]:
+    """Numbers that are equal in all lanes, in `size` lanes."""
+    whole = join([x] * -(-size // LANES))
+    return whole if whole.shape[1] == size else whole[:, :size]
+
+
+def over_lanes(x: Float[Array, "t 128"], reduce) -> Float[Array, "t 128"]:
+    """A reduction over the lanes, in every lane."""
+    return jnp.broadcast_to(reduce(x, axis=1, keepdims=True), x.shape)
+
+
+def row_of(x: Num[Array, "t 128"]) -> Num[Array, "1 t"]:
+    """Numbers of rows, equal in all lanes, as one row."""
+    return jnp.transpose(x)[:1]
+
+
+def rows_of(x: Num[Array, "1 t"]) -> Num[Array, "t 128"]:
+    """The inverse of `row_of`."""
+    return jnp.transpose(jnp.broadcast_to(x, (LANES, x.shape[1])))

@@ -1,0 +1,256 @@
+"""The TPU kernels in the TPU interpreter: values and all gradients against the reference.
+
+The interpreter raises where a block is read out of bounds or a transfer races with a use of its
+memory; scratch memory starts as NaN.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import posjax.kernels.blocks
+from posjax.kernels.blocks import TpuBlocks
+from tests import tolerances
+from tests.cases import Case, arrays, dense_narrow, run, run_with_gradients
+
+# Two registers of keys in a block, two blocks in memory, and up to three parts of the keys.
+BLOCKS = TpuBlocks(query=128, key=256, memory=512)
+CASE = Case(bias="cope", batch=1, queries=300, keys=300, heads=2, kv_heads=1, positions=12)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(posjax.kernels.blocks, "tpu_sizes", lambda queries, keys: BLOCKS)
+
+
+@pytest.fixture
+def plain_interpreter(monkeypatch):
+    """Pallas' own interpreter, which checks less and can stand inside other transformations."""
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request):
+    if "plain_interpreter" in request.fixturenames:
+        yield
+        return
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+
+
+def check(case: Case, table_scale: float = 1.0) -> None:
+    """Values and gradients equal the reference's within the table of tolerances."""
+    inputs, params = arrays(case)
+    if "table" in params:
+        params["table"] *= table_scale
+    want, want_grads = run_with_gradients(case, inputs, params, "reference")
+    got, got_grads = run_with_gradients(case, inputs, params, "tpu")
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerances.FORWARD["float32"])
+    flat = jax.tree_util.tree_leaves_with_path(want_grads)
+    for (path, w), g in zip(flat, jax.tree.leaves(got_grads), strict=True):
+        name = jax.tree_util.keystr(path)
+        atol = tolerances.GRADIENT["float32"] * max(1.0, float(jnp.max(jnp.abs(w))))
+        if "gate_bias" in name:
+            atol *= 10  # a sum of 100,000 terms of both signs, which leave little of each other
+        np.testing.assert_allclose(g, w, rtol=0, atol=atol, err_msg=name)
+
+
+RESTRICTED = {
+    "causal": {},
+    "grouped heads": {"heads": 4, "kv_heads": 2, "batch": 2},
+    "segments": {"segments": True, "batch": 2},
+    "window": {"window": (40, 0)},
+    "two-sided window": {"window": (20, 50), "causal": False},
+    "bidirectional": {"causal": False},
+    "everything": {"segments": True, "window": (150, 0), "heads": 4, "kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("restriction", RESTRICTED)
+@pytest.mark.parametrize("bias", ["none", "cope", "cope per head"])
+def test_restrictions(bias, restriction):
+    check(dataclasses.replace(CASE, bias=bias, **RESTRICTED[restriction]))
+
+
+@pytest.mark.parametrize("bias", ["none", "cope"])
+@pytest.mark.parametrize(
+    "queries, keys",
+    [
+        (1, 1),
+        (7, 7),
+        (127, 127),
+        (128, 128),
+        (129, 129),
+        (257, 257),
+        (513, 513),
+        (20, 530),
+        (300, 9),
+    ],
+)
+def test_lengths(bias, queries, keys):
+    """Also with fewer queries than keys, which then stand at the end."""
+    check(dataclasses.replace(CASE, bias=bias, queries=queries, keys=keys, offset=queries < keys))
+
+
+@pytest.mark.parametrize("positions", [2, 100, 129, 300])
+def test_tables_of_any_size(positions):
+    """More than 128 entries stand in several registers; gates near 1 walk through most of them.
+
+    The table is smooth: at a kink rounding decides which side a count is on, and so the gradient.
+    """
+    case = dataclasses.replace(CASE, positions=positions, bias="cope per head")
+    inputs, params = arrays(case)
+    params["gate_bias"] = jnp.array([1.0, 3.0])
+    turn = jnp.arange(1.0 * positions)[None, :, None] * jnp.linspace(0.01, 0.1, 8)[None, None]
+    params["table"] = jnp.broadcast_to(jnp.cos(turn), params["table"].shape)
+    want = run_with_gradients(case, inputs, params, "reference")
+    got = run_with_gradients(case, inputs, params, "tpu")
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-4 * max(1.0, float(jnp.abs(w).max())))
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 256])
+@pytest.mark.parametrize("bias", ["none", "cope"])
+def test_head_sizes(bias, size):
+    """Products of queries and table stay of order 1, as the tolerances want."""
+    case = dataclasses.replace(CASE, bias=bias, size=size, queries=130, keys=130, heads=1)
+    check(case, table_scale=size**-0.5)
+
+
+def test_values_of_another_size():
+    case = dataclasses.replace(CASE, heads=1, queries=130, keys=130)
+    inputs, params = arrays(case)
+    inputs["value"] = jax.random.normal(jax.random.key(7), (1, 130, 1, 20))
+    want = run_with_gradients(case, inputs, params, "reference")
+    got = run_with_gradients(case, inputs, params, "tpu")
+    chex.assert_trees_all_close(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["none", "cope", "cope per head"])
+def test_bfloat16_is_as_good_as_a_dense_computation(bias):
+    """At most twice the error of dense attention in bfloat16 with float32 counts."""
+    case = dataclasses.replace(CASE, bias=bias, size=16, dtype="bfloat16")
+    inputs, params = arrays(case)
+    exact = {name: x.astype(jnp.float32) for name, x in inputs.items()}
+    wide = dataclasses.replace(case, dtype="float32")
+    want = run_with_gradients(wide, exact, params, "reference")
+    got = run_with_gradients(case, inputs, params, "tpu")
+    dense = dense_narrow(case, inputs, params)
+    for (path, w), g, d in zip(
+        jax.tree_util.tree_leaves_with_path(want),
+        *(jax.tree.leaves(x) for x in (got, dense)),
+        strict=True,
+    ):
+        error = lambda x, w=w: float(jnp.max(jnp.abs(x.astype(jnp.float32) - w)))  # noqa: E731
+        slack = tolerances.NARROW_SLACK["bfloat16"]
+        assert error(g) <= tolerances.NARROW_FACTOR * error(d) + slack, jax.tree_util.keystr(path)
+
+
+def test_same_bits_twice():
+    case = dataclasses.replace(CASE, bias="cope per head", segments=True)
+    first, second = (run_with_gradients(case, *arrays(case), "tpu") for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
+
+
+def test_a_query_that_sees_nothing_gives_zero():
+    """Queries of a segment without keys; all of a block, and some of another."""
+    case = dataclasses.replace(CASE, causal=False)
+    inputs, params = arrays(case)
+    ids = jnp.zeros((1, 300), jnp.int32)
+    alone = ids.at[:, :140].set(5)
+
+    def loss(inputs):
+        output = run(case, inputs, params, "tpu", query_segment_ids=alone, key_segment_ids=ids)
+        return jnp.sum(jnp.sin(output)), output
+
+    grads, output = jax.grad(loss, has_aux=True)(inputs)
+    assert jnp.all(output[:, :140] == 0)
+    assert jnp.all(jnp.any(output[:, 140:] != 0, axis=-1))
+    assert jnp.all(grads["query"][:, :140] == 0)
+    chex.assert_tree_all_finite(grads)
+
+
+def test_the_walk_stops_at_saturation():
+    """Gate keys left of saturation are not read: NaN in them reaches no output and no gradient."""
+    case = dataclasses.replace(CASE, bias="cope per head", queries=768, keys=768, positions=3)
+    inputs, params = arrays(case)
+    params["gate_bias"] = jnp.full(2, 30.0)  # every gate is 1, so three keys saturate
+    poisoned = params | {"gate_key": params["gate_key"].at[:, :256].set(jnp.nan)}
+
+    def last_block(query, params):
+        return run(case, inputs | {"query": query}, params, "tpu")[:, -128:]
+
+    for function in (last_block, jax.grad(lambda q, p: jnp.sum(last_block(q, p) ** 2))):
+        want = function(inputs["query"], params)[:, -128:]
+        got = function(inputs["query"], poisoned)[:, -128:]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_vmap_and_checkpoint(plain_interpreter):
+    case = dataclasses.replace(CASE, queries=130, keys=130)
+    problems = [arrays(case, seed)[0] for seed in range(2)]
+    params = arrays(case)[1]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *problems)
+    loss = lambda inputs: jnp.sum(run(case, inputs, params, "tpu") ** 2)  # noqa: E731
+    together = jax.vmap(jax.grad(jax.checkpoint(loss)))(stacked)
+    for number, inputs in enumerate(problems):
+        one = jax.tree.map(lambda x, number=number: x[number], together)
+        chex.assert_trees_all_close(one, jax.grad(loss)(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["none", "cope", "cope per head"])
+def test_sharded_over_batch_and_heads_equals_unsharded(bias):
+    case = dataclasses.replace(
+        CASE, bias=bias, batch=2, heads=4, kv_heads=2, queries=130, keys=130, segments=True
+    )
+    inputs, params = arrays(case)
+    want = run_with_gradients(case, inputs, params, "tpu")
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), kinds, devices=jax.devices()[:4])
+    split = jax.NamedSharding(mesh, jax.P("data", None, "tensor"))
+    with jax.set_mesh(mesh):
+        got = run_with_gradients(case, jax.device_put(inputs, split), params, "tpu")
+    chex.assert_trees_all_close(got, want, rtol=0, atol=tolerances.GRADIENT["float32"])
+
+
+def test_chunked_prefill_equals_all_at_once():
+    """Queries in two chunks, each with the keys known by then."""
+    inputs, params = arrays(CASE)
+    whole = run(CASE, inputs, params, "tpu")
+    for start, stop in ((0, 140), (140, 300)):
+        known = {name: x[:, :stop] for name, x in inputs.items()}
+        known["query"] = inputs["query"][:, start:stop]
+        places = jnp.arange(start, stop)
+        part = run(CASE, known, params, "tpu", query_positions=places)
+        np.testing.assert_allclose(part, whole[:, start:stop], atol=1e-5)
+
+
+UNSUPPORTED = {
+    "float16": (dataclasses.replace(CASE, dtype="float16"), "float16"),
+    "mask array": (dataclasses.replace(CASE, mask=True), "mask array"),
+    "array": (dataclasses.replace(CASE, bias="array"), "ArrayBias"),
+    "relative": (dataclasses.replace(CASE, bias="relative"), "RelativeBias"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_it_cannot_do_is_named_with_the_alternative(name):
+    case, words = UNSUPPORTED[name]
+    with pytest.raises(NotImplementedError, match=rf'{words}.*use implementation="xla"'):
+        run(case, *arrays(case), "tpu")
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [((100, 128, 128), "query=100"), ((128, 130, 130), "key=130"), ((128, 256, 128), "memory=128")],
+)
+def test_block_sizes_are_checked(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        TpuBlocks(*sizes)
