@@ -2,7 +2,9 @@
 
 import dataclasses
 
-__all__ = ["Blocks", "TpuBlocks", "blockwise_sizes", "tpu_sizes"]
+from jax.experimental.pallas import tpu as pltpu
+
+__all__ = ["Blocks", "TpuBlocks", "blockwise_sizes", "tpu_generation", "tpu_sizes", "tpu_vmem"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,20 @@ def blockwise_sizes(queries: int, keys: int) -> Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class TpuBlocks:
-    """Sizes for `kernels.tpu`: queries and keys of a tile, and keys that lie in VMEM together."""
+    """Sizes for `kernels.tpu`.
+
+    Args:
+        query: queries of a tile.
+        key: keys of a tile.
+        memory: keys that lie in VMEM together.
+        rows: queries that the counting pipeline works on at a time, so that what it computes for
+            them stays in registers; None: all.
+    """
 
     query: int = 512
     key: int = 512
     memory: int = 8192
+    rows: int | None = None
 
     def __post_init__(self):
         if self.query < 128 or self.query % 128:
@@ -37,13 +48,49 @@ class TpuBlocks:
             raise ValueError(f"{self.key=}; it must be a multiple of 128.")
         if self.memory < self.key or self.memory % self.key:
             raise ValueError(f"{self.memory=}; it must be a multiple of {self.key=}.")
+        if self.rows is not None and (self.rows < 8 or self.query % self.rows):
+            raise ValueError(f"{self.rows=}; it must be 8 or more and divide {self.query=}.")
+
+
+# Generation -> sizes with the fewest bundles for each pair of query and key, in the schedules of
+# benchmarks/tpu_schedule.py; without a TPU those of v6e.
+_FASTEST = {
+    4: TpuBlocks(128, 384, 1920),
+    5: TpuBlocks(256, 1536, 7680, rows=64),
+    6: TpuBlocks(512, 1536, 7680),
+    7: TpuBlocks(256, 1536, 7680),
+}
 
 
 def tpu_sizes(queries: int, keys: int) -> TpuBlocks:
-    """Sizes for `kernels.tpu`, not larger than the sequences."""
-    query = min(512, _rounded(queries, 128))
-    key = min(512, _rounded(keys, 128))
-    return TpuBlocks(query, key, min(8192 // key * key, _rounded(keys, key)))
+    """Sizes for `kernels.tpu`: the fastest of the chip, or smaller ones for short sequences."""
+    fastest = _FASTEST[tpu_generation() or 6]
+    query = min(fastest.query, _rounded(queries, 128))
+    # Of the sizes that pad least the largest; padding is work too.
+    sizes = [size for size in (1536, 1024, 768, 512, 384, 256, 128) if size <= fastest.key]
+    key = min(sizes, key=lambda size: _rounded(keys, size) * (1 + 64 / size))
+    memory = min(fastest.memory // key * key, _rounded(keys, key))
+    rows = fastest.rows if fastest.rows and query % fastest.rows == 0 else None
+    return TpuBlocks(query, key, memory, rows)
+
+
+def tpu_generation() -> int | None:
+    """4 to 7 for the TPU that is traced for; None without one."""
+    info = _tpu_info()
+    return None if info is None else info.generation
+
+
+def tpu_vmem() -> int:
+    """Bytes of VMEM that a kernel may take: nearly all, 60 MiB without a TPU."""
+    info = _tpu_info()
+    return 60 * 2**20 if info is None else info.vmem_capacity_bytes - 4 * 2**20
+
+
+def _tpu_info() -> pltpu.TpuInfo | None:
+    try:
+        return pltpu.get_tpu_info()
+    except ValueError:
+        return None
 
 
 def _rounded(length: int, multiple: int) -> int:

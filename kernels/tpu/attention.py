@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
-from posjax.kernels.blocks import TpuBlocks
+from posjax.kernels.blocks import TpuBlocks, tpu_generation
 from posjax.kernels.tpu import counting
 from posjax.kernels.tpu.backward import backward
 from posjax.kernels.tpu.forward import forward
@@ -68,7 +68,7 @@ def attention(
         is_causal=mask.is_causal,
         window=mask.window,
         segments=mask.query.segment_ids is not None,
-        contextual=_contextual(bias, scale),
+        contextual=_contextual(query, bias, scale, blocks),
     )
     numbers = walk_ranges(mask, plan)
     arrays = _same_heads(_heads_first(plan, padding, query, key, value, bias))
@@ -77,12 +77,18 @@ def attention(
     return jnp.swapaxes(output, 1, 2)[:, :length]
 
 
-def _contextual(bias: ContextualBias | None, scale: float) -> Contextual | None:
+def _contextual(
+    query: Array, bias: ContextualBias | None, scale: float, blocks: TpuBlocks
+) -> Contextual | None:
     if bias is None:
         return None
+    narrow = query.dtype == jnp.bfloat16
+    fits = bias.num_positions + blocks.key // LANES <= LANES
     return Contextual(
         positions=bias.num_positions,
         gate_scale=scale if bias.gate_scale is None else bias.gate_scale,
+        packed=fits and narrow,
+        newton=narrow and tpu_generation() in (4, 5),
         own_gate_key=bias.gate_key is not None,
         gate_bias=bias.gate_bias is not None,
     )
@@ -187,15 +193,17 @@ def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
     inputs["delta"] = jnp.sum(products, axis=3)[:, :, None]
     if plan.contextual is not None:
         lower = counting.triangle()
-        inputs |= {"carries": found["carries"], "lower": lower, "upper": lower.T}
+        inputs |= {
+            "carries": found["carries"],
+            "lower": lower,
+            "upper": counting.triangle(ahead=True),
+        }
     grads = backward(plan, ranges, inputs)
     return {name: _like(x, name, grads[name]) for name, x in arrays.items()}, None, None
 
 
 def _like(x: Array, name: str, gradient: Array) -> Array:
     """A gradient added up over what the array was shared by."""
-    if name == "query":
-        gradient = jnp.sum(gradient, axis=0)
     if name in ("table", "gate_bias"):
         gradient = jnp.sum(gradient, axis=0)
     if name == "table" and x.shape[0] == 1:

@@ -18,36 +18,31 @@ a prefix sum. Nothing is atomic, and all sums are float32. With w the weights, d
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu import counting, tiles
+from posjax.kernels.tpu import counting, gradients, tables, tiles
 from posjax.kernels.tpu.counting import HALF
+from posjax.kernels.tpu.gradients import Block
 from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
 from posjax.kernels.tpu.plan import LANES, LN2, Plan, Ranges, Span
 from posjax.kernels.tpu.registers import (
-    NT,
     TN,
-    added,
-    chunks,
-    join,
     matmul,
     over_lanes,
     row_of,
     rows_of,
 )
-from posjax.kernels.tpu.tiles import Chunks, Scores, Tile
 from posjax.types import Array
 
 __all__ = ["backward"]
 
 
 def backward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
-    """Gradients in float32 of all arrays; those of the query in parts, to be added up.
+    """Gradients in float32 of all arrays.
 
     Args:
         inputs: those of the forward kernel, its log-sum-exp and carries, the cotangent of its
@@ -84,26 +79,19 @@ def _scratch(plan: Plan, layout: Layout) -> dict:
     shapes = {"query": (rows, layout.size), "lse": (rows, LANES), "delta": (rows, LANES)}
     if plan.contextual is not None:
         table = (rows, plan.pieces * LANES)
-        shapes |= {"middle": table, "slope": table, "hinge": table, "total": (rows, LANES)}
+        shapes |= {"hinge": table, "total": (rows, LANES)}
         shapes |= {"saved": (layout.carry_groups, rows, LANES), "prefix": (rows, LANES)}
         shapes |= {"carried": (layout.groups * layout.query_blocks, rows)}
-    return {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
-
-
-class _Block(NamedTuple):
-    """One place of the grid: what is static, and what can be read and written."""
-
-    plan: Plan
-    inputs: dict
-    outputs: dict
-    scratch: dict
-    start: Array  # the first block of keys in memory
-    head: Array  # number of the query head in its group
+    scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
+    scratch["transfer"] = pltpu.SemaphoreType.DMA(())
+    if plan.contextual is not None:
+        scratch |= tables.scratch_shapes(plan) | gradients.scratch_shapes(plan, layout.dtype)
+    return scratch
 
 
 def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs, scratch):
-    b, m, g, i = (pl.program_id(axis) for axis in (0, 2, 3, 4))
-    block = _Block(plan, inputs, outputs, scratch, m * layout.part_blocks, g)
+    b, k, m, g, i = (pl.program_id(axis) for axis in range(5))
+    block = Block(plan, inputs, outputs, scratch, m * layout.part_blocks, g)
     span = ranges.span(numbers, b, i)
     slot = g * layout.query_blocks + i
 
@@ -115,8 +103,11 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
     def _():
         _clear(outputs, ("table", "gate_bias"))
 
-    _begin(block, m, slot)
+    rows = pl.ds(i * plan.blocks.query, plan.blocks.query)
+    dquery = outputs["query"].at[b, k * layout.groups + g, rows, :]
+    _begin(block, dquery, m, slot)
     edge = _plain_until(block, span)
+    add = functools.partial(gradients.add_tile, block)
     inside = lambda low, high: (  # noqa: E731
         jnp.maximum(low, block.start),
         jnp.minimum(high, block.start + layout.part_blocks - 1),
@@ -129,16 +120,16 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
             jnp.where(left, span.first, span.full_last + 1),
             jnp.where(left, span.full_first - 1, span.last),
         )
-        _rightwards(low, high, functools.partial(_tile, block, masked=True, counts=True))
+        _rightwards(low, high, functools.partial(add, masked=True, counts=True))
         full_last = jnp.where(left, span.full_last, span.full_first - 1)
         low, high = inside(span.full_first, jnp.minimum(full_last, edge))
-        _rightwards(low, high, functools.partial(_tile, block, masked=False, counts=False))
+        _rightwards(low, high, functools.partial(add, masked=False, counts=False))
         if plan.contextual is not None:
             low, high = inside(jnp.maximum(span.full_first, edge + 1), full_last)
-            _rightwards(low, high, functools.partial(_tile, block, masked=False, counts=True))
+            gradients.add_counting(block, low, high)
 
     jax.lax.fori_loop(0, 2, side, None)
-    _finish(block, slot)
+    _finish(block, dquery, slot)
 
 
 def _rightwards(low: Array, high: Array, body: Callable) -> None:
@@ -151,15 +142,24 @@ def _clear(outputs: dict, names: tuple[str, ...]) -> None:
             outputs[name][...] = jnp.zeros(outputs[name].shape, jnp.float32)
 
 
-def _begin(block: _Block, part: Array, slot: Array) -> None:
-    """What each query needs, and sums of nothing; the prefix sum goes on from the part before."""
+def _begin(block: Block, dquery, part: Array, slot: Array) -> None:
+    """What each query needs, and sums: of nothing, or from the part of the keys before."""
     inputs, scratch = block.inputs, block.scratch
     scratch["lse"][...] = rows_of(inputs["lse"][...])
     scratch["delta"][...] = rows_of(inputs["delta"][...])
-    _clear(scratch, ("query", "hinge", "total"))
+    _clear(scratch, ("hinge", "total"))
+
+    @pl.when(part == 0)
+    def _():
+        _clear(scratch, ("query", "prefix"))
+
+    @pl.when(part > 0)
+    def _():
+        _transfer(dquery, scratch["query"], scratch["transfer"])
+
     if block.plan.contextual is None:
         return
-    scratch["middle"][...], scratch["slope"][...] = tiles.query_tables(inputs)
+    tiles.fill_tables(block.plan, inputs, scratch)
     carries = inputs["carries"]
     for group in range(scratch["saved"].shape[0]):
         some = carries[group * LANES : min(carries.shape[0], (group + 1) * LANES), :]
@@ -167,16 +167,12 @@ def _begin(block: _Block, part: Array, slot: Array) -> None:
         whole = jnp.concatenate([some, missing]) if missing.shape[0] else some
         scratch["saved"][group] = jnp.transpose(whole)
 
-    @pl.when(part == 0)
-    def _():
-        _clear(scratch, ("prefix",))
-
     @pl.when(part > 0)
     def _():
         scratch["prefix"][...] = rows_of(scratch["carried"][pl.ds(slot, 1), :])
 
 
-def _plain_until(block: _Block, span: Span) -> Array:
+def _plain_until(block: Block, span: Span) -> Array:
     """The last full block of keys that no query counts any more."""
     if block.plan.contextual is None:
         return span.full_last
@@ -186,85 +182,20 @@ def _plain_until(block: _Block, span: Span) -> Array:
     return jnp.max(jnp.where(done, index.astype(jnp.float32), -1.0)).astype(jnp.int32)
 
 
-def _tile(block: _Block, index: Array, *, masked: bool, counts: bool) -> None:
-    """Adds the gradients of one block of keys."""
-    plan, inputs, scratch = block.plan, block.inputs, block.scratch
-    tile = Tile(plan, inputs, index - block.start, masked)
-    counts = counts and plan.contextual is not None
-    if counts:
-        carry = _carry(scratch["saved"], index)
-        scores = tiles.contextual_scores(tile, carry, scratch["middle"], scratch["slope"])
-    else:
-        scores = tiles.plain_scores(tile)
-    weights = tile.hide([jnp.exp2(x - scratch["lse"][...]) for x in scores.logits], 0.0)
-    cotangent = inputs["cotangent"][...]
-    _add_keys(block, tile, "value", join(weights).astype(cotangent.dtype), cotangent)
-    dweights = chunks(matmul(cotangent, tile.keys("value"), NT))
-    dlogits = [w * (d - scratch["delta"][...]) for w, d in zip(weights, dweights, strict=True)]
-    ddots = [x * plan.scale for x in dlogits]
-    if counts:
-        _add_table(block, scores, dlogits)
-        dgates = _gate_gradients(block, scores, dlogits)
-        dgates = [x * plan.contextual.gate_scale for x in dgates]
-        if plan.contextual.own_gate_key:
-            _add_products(block, tile, "gate_key", dgates)
-        else:
-            ddots = [a + b for a, b in zip(ddots, dgates, strict=True)]
-    _add_products(block, tile, "key", ddots)
-
-
-def _carry(saved, index: Array) -> Array:
-    """The count before a block, from the lane where the forward kernel kept it."""
-    group = saved[index // LANES]
-    lane = jax.lax.broadcasted_iota(jnp.int32, group.shape, 1)
-    return over_lanes(jnp.where(lane == index % LANES, group, 0.0), jnp.sum)
-
-
-def _add_table(block: _Block, scores: Scores, dlogits: Chunks) -> None:
-    """Sums from which `_finish` makes the gradients of the table's entries."""
-    upper = block.inputs["upper"][...]
-    hinge, total = block.scratch["hinge"], block.scratch["total"]
-    hinge[...] += counting.hinges(scores.places, dlogits, upper, block.plan.pieces)
-    total[...] += added(dlogits)
-
-
-def _gate_gradients(block: _Block, scores: Scores, dlogits: Chunks) -> Chunks:
-    """Gradients of the logits of the gates."""
-    prefix = block.scratch["prefix"]
-    dcounts = [d * slope for d, slope in zip(dlogits, scores.slopes, strict=True)]
-    sums, carry = counting.prefixes(dcounts, prefix[...], block.inputs["upper"][...])
-    prefix[...] = carry
-    # Slopes are in units of ln 2.
-    found = [(g - g * g) * (s * LN2) for g, s in zip(scores.gates, sums, strict=True)]
-    if block.plan.contextual.gate_bias:
-        rows = jnp.sum(added(found), axis=0, keepdims=True) * LN2
-        block.outputs["gate_bias"][block.head] += rows
-    return found
-
-
-def _add_products(block: _Block, tile: Tile, name: str, dproducts: Chunks) -> None:
-    """Gradients of query . key, handed on to both."""
-    keys = tile.keys(name)
-    query = block.inputs["query"][...].astype(keys.dtype)
-    joined = join(dproducts).astype(keys.dtype)
-    block.scratch["query"][...] += matmul(joined, keys)
-    _add_keys(block, tile, name, joined, query)
-
-
-def _add_keys(block: _Block, tile: Tile, name: str, weights: Array, rows: Array) -> None:
-    """Adds weights' sums of rows to the gradients of the block's keys or values."""
-    block.outputs[name][tile.here, :] += matmul(weights, rows, TN)
-
-
-def _finish(block: _Block, slot: Array) -> None:
+def _finish(block: Block, dquery, slot: Array) -> None:
     """Hands the gradients of the queries' tables on to queries and table."""
     plan, inputs, outputs, scratch = block.plan, block.inputs, block.outputs, block.scratch
-    dquery = scratch["query"][...]
     if plan.contextual is not None:
         total = over_lanes(scratch["total"][...], jnp.sum)
         positions = plan.contextual.positions
         dz = counting.second_differences(scratch["hinge"][...], total, positions) * LN2
-        dquery += matmul(dz, inputs["table"][...])
+        scratch["query"][...] += matmul(dz, inputs["table"][...])
         outputs["table"][block.head] += matmul(dz, inputs["query"][...].astype(jnp.float32), TN)
         scratch["carried"][pl.ds(slot, 1), :] = row_of(scratch["prefix"][...])
-    outputs["query"][...] = dquery
+    _transfer(scratch["query"], dquery, scratch["transfer"])
+
+
+def _transfer(source, target, semaphore) -> None:
+    copy = pltpu.make_async_copy(source, target, semaphore)
+    copy.start()
+    copy.wait()

@@ -5,24 +5,20 @@ within a lane they fall from the first chunk to the last, and lanes follow each 
 here is about p - 1/2, called `place`: its nearest whole number is the row of the table below p.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental import pallas as pl
 
 from posjax.kernels.tpu.plan import LANES
-from posjax.kernels.tpu.registers import added, chunks, join, matmul
+from posjax.kernels.tpu.registers import added, join, lane_gather, last_lane, matmul, rolled
 from posjax.types import Array, Float, Int, Num
 
 __all__ = [
     "HALF",
-    "Found",
+    "crossings",
     "exclusive",
     "gate",
     "hinges",
-    "look_up",
-    "midpoints",
     "places",
     "prefixes",
     "second_differences",
@@ -30,29 +26,49 @@ __all__ = [
 ]
 
 HALF = 0.5
-# Adding it leaves the nearest whole number in the low bits of a float32.
-_ROUNDER = 1.5 * 2.0**23
-# Those low bits.
-_NUMBER = 2**22 - 1
+# 2^-64 is a gate that counts nothing, and 2^64 has a reciprocal.
+_SURELY_CLOSED = 64.0
 
 
-def gate(exponent: Float[Array, "t 128"]) -> Float[Array, "t 128"]:
-    """sigmoid(x), from -x in units of ln 2."""
-    return 1.0 / (1.0 + jnp.exp2(exponent))
+def gate(exponent: Float[Array, "t 128"], newton: bool) -> Float[Array, "t 128"]:
+    """sigmoid(x), from -x in units of ln 2.
+
+    Args:
+        newton: improve the chip's approximate reciprocal by one step instead of dividing.
+    """
+    if not newton:
+        return 1.0 / (1.0 + jnp.exp2(exponent))
+    denominator = 1.0 + jnp.exp2(jnp.minimum(exponent, _SURELY_CLOSED))
+    guess = pl.reciprocal(denominator, approx=True)
+    return guess * (2.0 - denominator * guess)
 
 
-def triangle() -> Num[Array, "128 128"]:
-    """What lanes are multiplied by to give, in each lane, the sum of the lanes behind it."""
-    return jnp.tril(jnp.ones((LANES, LANES), jnp.bfloat16), -1)
+def triangle(ahead: bool = False) -> Num[Array, "128 128"]:
+    """What `exclusive` multiplies by: for each lane 1 in the rows of the lanes behind it.
+
+    Args:
+        ahead: the lanes before it instead.
+    """
+    ones = jnp.ones((LANES, LANES), jnp.bfloat16)
+    return jnp.triu(ones, 1) if ahead else jnp.tril(ones, -1)
 
 
-def exclusive(x: Float[Array, "t 128"], lower: Num[Array, "128 128"]) -> Float[Array, "t 128"]:
-    """The sum of the lanes behind each lane, to float32: x in three parts of bfloat16."""
-    high = x.astype(jnp.bfloat16)
-    rest = x - high.astype(jnp.float32)
-    middle = rest.astype(jnp.bfloat16)
-    low = (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
-    return matmul(low, lower) + matmul(middle, lower) + matmul(high, lower)
+def exclusive(x: Float[Array, "t 128"], behind: Num[Array, "128 128"]) -> Float[Array, "t 128"]:
+    """The sum of the lanes behind each lane, to float32: x as a sum of three of bfloat16.
+
+    Three products, because small parts would be lost in the running sum of large ones.
+    """
+    high = _upper_half(x)
+    middle = _upper_half(x - high)
+    low = (x - high) - middle
+    sums = [matmul(part.astype(jnp.bfloat16), behind) for part in (low, middle, high)]
+    return (sums[0] + sums[1]) + sums[2]
+
+
+def _upper_half(x: Float[Array, "t 128"]) -> Float[Array, "t 128"]:
+    """A number without its lower 16 bits: one that bfloat16 holds."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(2**16)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def places(
@@ -86,62 +102,7 @@ def prefixes(
     for one in x:
         running = running + one
         found.append(running)
-    return found, jnp.broadcast_to(running[:, LANES - 1 :], running.shape)
-
-
-class Found(NamedTuple):
-    """Bias and slope of a chunk of keys."""
-
-    bias: Float[Array, "t 128"]
-    slope: Float[Array, "t 128"]
-
-
-def midpoints(z: Float[Array, "t width"]) -> tuple[Array, Array]:
-    """Midpoints and slopes between neighbouring entries of each query's table."""
-    width = z.shape[1]
-    following = _rolled(z, width - 1)
-    lane = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    slope = jnp.where(lane == width - 1, 0.0, following - z)
-    return z + HALF * slope, slope
-
-
-def look_up(middle: Array, slope: Array, place: Float[Array, "t 128"]) -> Found:
-    """Linear interpolation in each query's table."""
-    bits = jax.lax.bitcast_convert_type(place + _ROUNDER, jnp.int32)
-    index = bits & (middle.shape[1] - 1 if middle.shape[1] == LANES else _NUMBER)
-    # Not place - (rounded - _ROUNDER), which XLA, where it stands in for a TPU, would make 0.
-    fraction = place - index.astype(jnp.float32)
-    at, rise = gather(middle, index), gather(slope, index)
-    return Found(at + fraction * rise, rise)
-
-
-def gather(table: Num[Array, "t width"], index: Int[Array, "t 128"]) -> Num[Array, "t 128"]:
-    """table[row, index[row, lane]]."""
-    parts = chunks(table)
-    if len(parts) == 1:
-        return _lane_gather(table, index)
-    lane, piece = index & (LANES - 1), index >> 7
-    found = _lane_gather(parts[0], lane)
-    for number, part in enumerate(parts[1:], start=1):
-        found = jnp.where(piece == number, _lane_gather(part, lane), found)
-    return found
-
-
-def _lane_gather(x: Num[Array, "t 128"], index: Int[Array, "t 128"]) -> Num[Array, "t 128"]:
-    """As jnp.take_along_axis, which would spend operations on negative indices."""
-    return jax.lax.gather(
-        x,
-        index[..., None],
-        jax.lax.GatherDimensionNumbers(
-            offset_dims=(),
-            collapsed_slice_dims=(1,),
-            start_index_map=(1,),
-            operand_batching_dims=(0,),
-            start_indices_batching_dims=(0,),
-        ),
-        slice_sizes=(1, 1),
-        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-    )
+    return found, last_lane(running)
 
 
 def hinges(
@@ -149,38 +110,75 @@ def hinges(
     weight: list[Float[Array, "t 128"]],
     upper: Num[Array, "128 128"],
     pieces: int,
+    times: int | Int[Array, ""],
 ) -> Float[Array, "t width"]:
     """Sum over keys of weight * max(count - b, 0), for b = 0 ... width - 1.
 
     Counts fall along the lanes, so for each b the lanes before one lane lie above b as a whole and
-    those behind it below: a binary search finds it, prefix sums give the former, and its own keys
-    are looked at one by one. Nothing is scattered.
+    those behind it below: a binary search finds it, prefix sums give the former. Its own C keys
+    hold at most C whole numbers, mostly one: each lane's sum for its m-th whole number is found for
+    m = 0 ... times - 1. Nothing is scattered.
+
+    Args:
+        times: at least `crossings`.
     """
     total = added(weight)
     moment = added([w * p for w, p in zip(weight, place, strict=True)])
     total_before, moment_before = exclusive(total, upper), exclusive(moment, upper)
     lane = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1)
-    found = []
-    for piece in range(pieces):
-        edge = lane.astype(jnp.float32) + (piece * LANES - HALF)
-        crossing = _first_lane_below(place[-1], edge)
-        inside = jnp.minimum(crossing, LANES - 1)
-        before = _lane_gather(moment_before, inside) - edge * _lane_gather(total_before, inside)
-        parts = [
-            _lane_gather(w, inside) * jnp.maximum(_lane_gather(p, inside) - edge, 0.0)
-            for w, p in zip(weight, place, strict=True)
-        ]
-        found.append(before + added(parts))
-    return join(found)
+    lowest = _edge_above(place[-1])
+    edges = [lane.astype(jnp.float32) + (piece * LANES - HALF) for piece in range(pieces)]
+    found = [_first_lane_below(place[-1], edge) for edge in edges]
+    sums = [
+        lane_gather(moment_before, at) - edge * lane_gather(total_before, at)
+        for at, edge in zip(found, edges, strict=True)
+    ]
+    # Where all lanes lie above b, the last one, too, counts as a whole.
+    whole = last_lane(moment), last_lane(total), last_lane(place[-1])
+    sums = [
+        s + jnp.where(edge <= whole[2], whole[0] - edge * whole[1], 0.0)
+        for s, edge in zip(sums, edges, strict=True)
+    ]
+    # Which of its lane's whole numbers each b is; none where all lanes lie above it.
+    ranks = [
+        jnp.where(edge <= whole[2], -1.0, edge - lane_gather(lowest, at))
+        for at, edge in zip(found, edges, strict=True)
+    ]
+
+    def add_own(rank, sums):
+        edge = lowest + rank
+        own = added([w * jnp.maximum(p - edge, 0.0) for w, p in zip(weight, place, strict=True)])
+        return tuple(
+            s + jnp.where(mine == rank, lane_gather(own, at), 0.0)
+            for s, mine, at in zip(sums, ranks, found, strict=True)
+        )
+
+    if isinstance(times, int):
+        for rank in range(times):
+            sums = add_own(jnp.float32(rank), sums)
+    else:
+        loop = lambda rank, sums: add_own(rank.astype(jnp.float32), sums)  # noqa: E731
+        sums = jax.lax.fori_loop(0, times, loop, tuple(sums))
+    return join(list(sums))
+
+
+def crossings(place: list[Float[Array, "t 128"]], last: float) -> Int[Array, ""]:
+    """How many whole numbers up to `last` the counts of one lane pass, at most."""
+    return jnp.max(jnp.ceil(jnp.minimum(place[0], last) - _edge_above(place[-1]))).astype(jnp.int32)
+
+
+def _edge_above(place: Float[Array, "t 128"]) -> Float[Array, "t 128"]:
+    """The first place at or above, whose count is a whole number."""
+    return jnp.ceil(place + HALF) - HALF
 
 
 def _first_lane_below(
     falling: Float[Array, "t 128"], edge: Float[Array, "t 128"]
 ) -> Int[Array, "t 128"]:
-    """How many lanes of `falling` are at or above each edge."""
+    """How many lanes of `falling`, without the last one, are at or above each edge."""
     count = jnp.zeros(edge.shape, jnp.int32)
     for step in (64, 32, 16, 8, 4, 2, 1):
-        at = _lane_gather(falling, count + (step - 1))
+        at = lane_gather(falling, count + (step - 1))
         count = jnp.where(at >= edge, count + step, count)
     return count
 
@@ -197,11 +195,6 @@ def second_differences(
     width = hinge.shape[1]
     lane = jax.lax.broadcasted_iota(jnp.int32, hinge.shape, 1)
     first = join([total] * (width // LANES)) + hinge
-    before = jnp.where(lane == 0, first, _rolled(hinge, 1))
-    after = _rolled(hinge, width - 1)
+    before = jnp.where(lane == 0, first, rolled(hinge, 1))
+    after = rolled(hinge, width - 1)
     return jnp.where(lane < positions - 1, before - 2 * hinge + after, 0.0)
-
-
-def _rolled(x: Float[Array, "t width"], shift: int) -> Float[Array, "t width"]:
-    """Entries moved to `shift` lanes further, in a circle."""
-    return pltpu.roll(x, shift, 1)

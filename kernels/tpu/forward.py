@@ -16,7 +16,6 @@ left. Logits and their log-sum-exp are in units of ln 2.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +23,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.common import MASKED
-from posjax.kernels.tpu import registers, tiles
+from posjax.kernels.tpu import pipeline, registers, tables, tiles
 from posjax.kernels.tpu.counting import HALF
 from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
 from posjax.kernels.tpu.plan import LANES, Plan, Ranges, Span
-from posjax.kernels.tpu.tiles import Scores, Tile
+from posjax.kernels.tpu.softmax import Block, add_values, save_carry, weigh
 from posjax.types import Array
 
 __all__ = ["forward"]
+
+import os
+
+ROWS = int(os.environ.get("ROWS", "128"))
 
 
 def forward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -80,25 +83,17 @@ def _scratch(plan: Plan, layout: Layout) -> dict:
     rows = plan.blocks.query
     shapes = {"maximum": (rows, LANES), "total": (rows, LANES), "output": (rows, layout.value_size)}
     if plan.contextual is not None:
-        table = (rows, plan.pieces * LANES)
-        shapes |= {"carry": (rows, LANES), "middle": table, "slope": table}
-        shapes |= {"saved": (layout.carry_groups, rows, LANES)}
-    return {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
-
-
-class _Block(NamedTuple):
-    """One place of the grid: what is static, and what can be read and written."""
-
-    plan: Plan
-    inputs: dict
-    scratch: dict
-    start: Array  # the first block of keys in memory
+        shapes |= {"carry": (rows, LANES), "saved": (layout.carry_groups, rows, LANES)}
+    scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
+    if plan.contextual is not None:
+        scratch |= tables.scratch_shapes(plan) | pipeline.scratch_shapes(plan, layout.dtype)
+    return scratch
 
 
 def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs, scratch):
     b, i, m = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     start = (layout.parts - 1 - m) * layout.part_blocks
-    block = _Block(plan, inputs, scratch, start)
+    block = Block(plan, inputs, scratch, start)
 
     @pl.when(m == 0)
     def _():
@@ -120,7 +115,7 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
         _leftwards(high, low, functools.partial(_tile, block, masked=True, counts=True))
         low, high = inside(span.full_first, jnp.where(right, span.full_last, span.full_first - 1))
         if plan.contextual is not None:
-            high = _count_on(block, high, low)
+            high = pipeline.count_on(block, high, low)
         _leftwards(high, low, functools.partial(_tile, block, masked=False, counts=False))
 
     jax.lax.fori_loop(0, 2, side, None)
@@ -134,23 +129,7 @@ def _leftwards(high: Array, low: Array, body: Callable) -> None:
     jax.lax.fori_loop(0, high - low + 1, lambda step, _: body(high - step), None)
 
 
-def _count_on(block: _Block, high: Array, low: Array) -> Array:
-    """Counts in full blocks until nothing is left to count; the block to go on with."""
-    reached = block.plan.contextual.last - HALF
-
-    def counting() -> Array:
-        return (jnp.min(block.scratch["carry"][...]) < reached).astype(jnp.int32)
-
-    def step(loop):
-        index, _ = loop
-        _tile(block, index, masked=False, counts=True)
-        return index - 1, counting()
-
-    going_on = lambda loop: (loop[0] >= low) & (loop[1] == 1)  # noqa: E731
-    return jax.lax.while_loop(going_on, step, (high, counting()))[0]
-
-
-def _begin(block: _Block, i: Array) -> None:
+def _begin(block: Block, i: Array) -> None:
     """Nothing seen yet; the table of each query."""
     plan, inputs, scratch = block.plan, block.inputs, block.scratch
     scratch["maximum"][...] = jnp.full(scratch["maximum"].shape, MASKED, jnp.float32)
@@ -163,48 +142,23 @@ def _begin(block: _Block, i: Array) -> None:
     # Rows of padding have nothing to count, so that the walk need not wait for them.
     scratch["carry"][...] = jnp.where(row < plan.queries, -HALF, never)
     scratch["saved"][...] = jnp.full(scratch["saved"].shape, never, jnp.float32)
-    scratch["middle"][...], scratch["slope"][...] = tiles.query_tables(inputs)
+    tiles.fill_tables(plan, inputs, scratch)
 
 
-def _tile(block: _Block, index: Array, *, masked: bool, counts: bool) -> None:
+def _tile(block: Block, index: Array, *, masked: bool, counts: bool) -> None:
     """Adds one block of keys."""
-    plan, inputs, scratch = block.plan, block.inputs, block.scratch
-    tile = Tile(plan, inputs, index - block.start, masked)
-    counts = counts and plan.contextual is not None
-    if counts:
-        carry = scratch["carry"][...]
-        _save(scratch["saved"], carry, index)
-        scores = tiles.contextual_scores(tile, carry, scratch["middle"], scratch["slope"])
-        scratch["carry"][...] = scores.carry
+    tile = block.tile(index, masked)
+    if counts and block.plan.contextual is not None:
+        save_carry(block.scratch, index)
+        counted, block.scratch["carry"][...] = tiles.count(tile, block.scratch["carry"][...])
+        logits, _ = tiles.biased(block.plan, block.scratch, counted)
     else:
-        scores = tiles.plain_scores(tile)
-    _softmax_update(tile, scores, scratch)
+        logits = tiles.plain_logits(tile)
+    weights, shrink = weigh(block, tile.hide, logits)
+    add_values(block, tile, registers.join(weights), shrink)
 
 
-def _save(saved, carry: Array, index: Array) -> None:
-    """Keeps the carry in the lane of its block."""
-    group = index // LANES
-    lane = jax.lax.broadcasted_iota(jnp.int32, carry.shape, 1)
-    saved[group] = jnp.where(lane == index % LANES, carry, saved[group])
-
-
-def _softmax_update(tile: Tile, scores: Scores, scratch: dict) -> None:
-    """Online softmax: the maximum of each row, lane by lane sums of weights, and the output."""
-    logits = tile.hide(scores.logits, MASKED)
-    old = scratch["maximum"][...]
-    highest = functools.reduce(jnp.maximum, logits)
-    new = jnp.maximum(old, registers.over_lanes(highest, jnp.max))
-    weights = tile.hide([jnp.exp2(x - new) for x in logits], 0.0)
-    shrink = jnp.exp2(old - new)
-    scratch["maximum"][...] = new
-    scratch["total"][...] = scratch["total"][...] * shrink + registers.added(weights)
-    value = tile.keys("value")
-    output = scratch["output"]
-    part = registers.matmul(registers.join(weights).astype(value.dtype), value)
-    output[...] = output[...] * registers.wide(shrink, output.shape[1]) + part
-
-
-def _finish(block: _Block, outputs: dict) -> None:
+def _finish(block: Block, outputs: dict) -> None:
     """Divides; a row that has seen nothing is 0."""
     scratch = block.scratch
     total = registers.over_lanes(scratch["total"][...], jnp.sum)

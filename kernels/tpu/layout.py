@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.kernels.blocks import tpu_vmem
 from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.types import Array
 
 __all__ = ["Indices", "Layout", "compiler_params"]
-
-# Of the 64 MiB and more that every generation from v5 on has; v4 has 32.
-_VMEM_LIMIT = 60 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +119,15 @@ class Layout:
         return {name: (shape, self._spec(name, shape.shape, at)) for name, shape in shapes.items()}
 
     def gradients(self, at: Indices) -> dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
-        """What the backward kernel gives, in float32; the query's gradient once for each part."""
-        plan, rows, memory = self.plan, self.plan.blocks.query, self.plan.blocks.memory
-        found = {}
+        """What the backward kernel gives, in float32.
+
+        The query's gradient stays outside the blocks: the kernel fetches it for every part of the
+        keys.
+        """
+        plan, memory = self.plan, self.plan.blocks.memory
+        query = (self.batch, self.heads, self.query_length, self.size)
+        outside = pl.BlockSpec(memory_space=pl.ANY)
+        found = {"query": (jax.ShapeDtypeStruct(query, jnp.float32), outside)}
 
         def add(name: str, shape: tuple, block: tuple, *index) -> None:
             found[name] = (
@@ -132,9 +136,6 @@ class Layout:
             )
 
         kv_head = lambda *g: at.head(*g) // self.groups  # noqa: E731
-        query = (self.parts, self.batch, self.heads, self.query_length, self.size)
-        place = (at.memory, at.batch, at.head, at.query, None)
-        add("query", query, (None, None, None, rows, self.size), *place)
         sizes = {"key": self.size, "value": self.value_size}
         if plan.contextual is not None and plan.contextual.own_gate_key:
             sizes["gate_key"] = self.size
@@ -169,4 +170,4 @@ def _index_map(index: tuple) -> Callable:
 
 def compiler_params(*semantics: str) -> pltpu.CompilerParams:
     """Which axes of the grid may be split over cores, and the memory to use."""
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM_LIMIT)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem())

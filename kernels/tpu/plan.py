@@ -31,11 +31,14 @@ LOG2E = 1 / LN2
 class Contextual:
     """The static part of a contextual bias.
 
-    `positions` is P; `gate_scale` multiplies products of query and (gate) key.
+    `positions` is P; `gate_scale` multiplies products of query and (gate) key; `packed` is the form
+    of the tables, see `tables`; `newton` that of the gates, see `counting.gate`.
     """
 
     positions: int
     gate_scale: float
+    packed: bool
+    newton: bool
     own_gate_key: bool
     gate_bias: bool
 

@@ -5,9 +5,10 @@ import operator
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.tpu.plan import LANES
-from posjax.types import Array, Float, Num
+from posjax.types import Array, Float, Int, Num
 
 __all__ = [
     "NN",
@@ -16,8 +17,11 @@ __all__ = [
     "added",
     "chunks",
     "join",
+    "lane_gather",
+    "last_lane",
     "matmul",
     "over_lanes",
+    "rolled",
     "row_of",
     "rows_of",
     "wide",
@@ -68,3 +72,30 @@ def row_of(x: Num[Array, "t 128"]) -> Num[Array, "1 t"]:
 def rows_of(x: Num[Array, "1 t"]) -> Num[Array, "t 128"]:
     """The inverse of `row_of`."""
     return jnp.transpose(jnp.broadcast_to(x, (LANES, x.shape[1])))
+
+
+def last_lane(x: Float[Array, "t 128"]) -> Float[Array, "t 128"]:
+    """The last lane, in every lane."""
+    return jnp.broadcast_to(x[:, LANES - 1 :], x.shape)
+
+
+def lane_gather(x: Num[Array, "t 128"], index: Int[Array, "t 128"]) -> Num[Array, "t 128"]:
+    """As jnp.take_along_axis, which would spend operations on negative indices."""
+    return jax.lax.gather(
+        x,
+        index[..., None],
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(),
+            collapsed_slice_dims=(1,),
+            start_index_map=(1,),
+            operand_batching_dims=(0,),
+            start_indices_batching_dims=(0,),
+        ),
+        slice_sizes=(1, 1),
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+
+
+def rolled(x: Num[Array, "t width"], shift: int) -> Num[Array, "t width"]:
+    """Entries moved to `shift` lanes further, in a circle."""
+    return pltpu.roll(x, shift, 1)

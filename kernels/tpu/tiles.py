@@ -8,24 +8,25 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from posjax.kernels.tpu import counting
+from posjax.kernels.tpu import counting, tables
 from posjax.kernels.tpu.plan import LOG2E, Plan
 from posjax.kernels.tpu.registers import NT, chunks, matmul, rows_of
 from posjax.types import Array, Bool, Float, Num
 
-__all__ = ["Chunks", "Scores", "Tile", "contextual_scores", "plain_scores", "query_tables"]
+__all__ = ["Chunks", "Counted", "Tile", "biased", "count", "fill_tables", "plain_logits"]
 
 Chunks = list[Float[Array, "t 128"]]
 
 
-class Scores(NamedTuple):
-    """Logits in units of ln 2, and, with a contextual bias, what they were made of."""
+class Counted(NamedTuple):
+    """A block of keys, counted: what is needed to look its biases up.
 
-    logits: Chunks
+    `falls` are the products of query and key, scaled, in units of -ln 2.
+    """
+
+    falls: Chunks
+    places: Chunks
     gates: Chunks | None = None
-    places: Chunks | None = None
-    slopes: Chunks | None = None
-    carry: Float[Array, "t 128"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,44 +85,55 @@ class Tile:
         return [jnp.where(a, one, instead) for a, one in zip(self.allowed, x, strict=True)]
 
 
-def products(tile: Tile, name: str) -> Chunks:
+def products(tile: Tile, name: str, rows: slice = slice(None)) -> Chunks:
     """Query . key, or query . gate key, unscaled."""
     keys = tile.keys(name)
-    return chunks(matmul(tile.inputs["query"][...].astype(keys.dtype), keys, NT))
+    return chunks(matmul(tile.inputs["query"][rows, :].astype(keys.dtype), keys, NT))
 
 
-def plain_scores(tile: Tile) -> Scores:
-    """Scaled logits without a bias."""
-    return Scores([x * (tile.plan.scale * LOG2E) for x in products(tile, "key")])
+def plain_logits(tile: Tile) -> Chunks:
+    """Scaled products in units of ln 2."""
+    return [x * (tile.plan.scale * LOG2E) for x in products(tile, "key")]
 
 
-def contextual_scores(tile: Tile, carry: Array, middle, slope) -> Scores:
-    """Logits with the contextual bias, and the count for the block on the left.
+def falls_and_exponents(tile: Tile, rows: slice = slice(None)) -> tuple[Chunks, Chunks]:
+    """The products of query and key, and the logits of the gates, both in units of -ln 2."""
+    plan, contextual = tile.plan, tile.plan.contextual
+    dots = products(tile, "key", rows)
+    falls = [x * (-plan.scale * LOG2E) for x in dots]
+    exponents = falls
+    if contextual.own_gate_key or contextual.gate_scale != plan.scale:
+        gate_dots = products(tile, "gate_key", rows) if contextual.own_gate_key else dots
+        exponents = [x * (-contextual.gate_scale * LOG2E) for x in gate_dots]
+    if contextual.gate_bias:
+        exponents = [x - tile.inputs["gate_bias"][...] for x in exponents]
+    return falls, exponents
+
+
+def count(tile: Tile, carry: Array) -> tuple[Counted, Array]:
+    """Counts the block; also the carry for the block on its left.
 
     Args:
         carry: count - 1/2 of each query on the right of the block.
-        middle: with `slope` the tables of the queries, as `query_tables` gives them.
     """
-    plan, contextual = tile.plan, tile.plan.contextual
-    dots = products(tile, "key")
-    gate_dots = products(tile, "gate_key") if contextual.own_gate_key else dots
-    gates = tile.hide([counting.gate(_gate_exponent(tile, x)) for x in gate_dots], 0.0)
+    contextual = tile.plan.contextual
+    falls, exponents = falls_and_exponents(tile)
+    gates = tile.hide([counting.gate(x, contextual.newton) for x in exponents], 0.0)
     lower = tile.inputs["lower"][...]
     places, carry = counting.places(gates, carry, lower, contextual.last)
-    found = [counting.look_up(middle[...], slope[...], place) for place in places]
-    logits = [x * (plan.scale * LOG2E) + f.bias for x, f in zip(dots, found, strict=True)]
-    return Scores(logits, gates, places, [f.slope for f in found], carry)
+    return Counted(falls, places, gates), carry
 
 
-def _gate_exponent(tile: Tile, dots: Array) -> Float[Array, "t 128"]:
-    """-(gate's logit) in units of ln 2."""
-    exponent = dots * (-tile.plan.contextual.gate_scale * LOG2E)
-    if not tile.plan.contextual.gate_bias:
-        return exponent
-    return exponent - tile.inputs["gate_bias"][...]
+def biased(
+    plan: Plan, scratch: dict, counted: Counted, rows: slice = slice(None)
+) -> tuple[Chunks, Chunks]:
+    """Logits with the contextual bias, in units of ln 2, and the slopes of the bias."""
+    found = tables.look_up(plan, scratch, counted.places, rows)
+    logits = [f.bias - x for x, f in zip(counted.falls, found, strict=True)]
+    return logits, [f.slope for f in found]
 
 
-def query_tables(inputs: dict) -> tuple[Float[Array, "t width"], Float[Array, "t width"]]:
-    """Each query's product with the table, as `counting.look_up` wants it."""
+def fill_tables(plan: Plan, inputs: dict, scratch: dict) -> None:
+    """The products of each query with the table."""
     query = inputs["query"][...].astype(jnp.float32)
-    return counting.midpoints(matmul(query, inputs["table"][...], NT))
+    tables.fill(plan, scratch, matmul(query, inputs["table"][...], NT))

@@ -1,0 +1,146 @@
+"""Each query's table in registers, and interpolation in it.
+
+z_b is the product of the query with row b of the table. A place is a count less 1/2; its nearest
+whole number b is the row below the count, f the rest, and the bias
+
+    middle_b + f slope_b        middle_b = (z_b + z_{b+1}) / 2,  slope_b = z_{b+1} - z_b
+
+| form   | gathers            | middle and slope | for                        |
+|--------|--------------------|------------------|----------------------------|
+| exact  | two for each key   | float32          | everything                 |
+| packed | two for three keys | bfloat16         | bfloat16 and P + C <= 128  |
+
+Packed: the counts of three neighbouring keys lie within one of the middle one's, so a look-up for
+the middle one serves all; the others add what the slope changes by at the next row.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from posjax.kernels.tpu.plan import LANES, Plan
+from posjax.kernels.tpu.registers import chunks, lane_gather, rolled
+from posjax.types import Array, Float, Int, Num
+
+__all__ = ["Found", "fill", "look_up", "scratch_shapes"]
+
+# Adding it leaves the nearest whole number in the low bits of a float32.
+_ROUNDER = 1.5 * 2.0**23
+# Those low bits.
+_NUMBER = 2**22 - 1
+_HIGH = -(2**16)
+_SIGN = -(2**31)
+
+
+class Found(NamedTuple):
+    """Bias and slope of a chunk of keys."""
+
+    bias: Float[Array, "t 128"]
+    slope: Float[Array, "t 128"]
+
+
+def scratch_shapes(plan: Plan) -> dict:
+    """Where `fill` keeps the tables of a block of queries."""
+    shape = (plan.blocks.query, plan.pieces * LANES)
+    if plan.contextual.packed:
+        return {"word": pltpu.VMEM(shape, jnp.int32), "kinks": pltpu.VMEM(shape, jnp.int32)}
+    return {"middle": pltpu.VMEM(shape, jnp.float32), "slope": pltpu.VMEM(shape, jnp.float32)}
+
+
+def fill(plan: Plan, scratch: dict, z: Float[Array, "t width"]) -> None:
+    """Keeps what `look_up` needs."""
+    width = z.shape[1]
+    lane = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
+    slope = jnp.where(lane == width - 1, 0.0, rolled(z, width - 1) - z)
+    middle = z + 0.5 * slope
+    if not plan.contextual.packed:
+        scratch["middle"][...], scratch["slope"][...] = middle, slope
+        return
+    low = _bfloat16_bits(slope)
+    slope = _as_float(low << 16)
+    # The high half is what makes the whole word, read as a float32, the nearest to the middle.
+    bits = _as_int(middle)
+    high = jnp.maximum((bits & ~_SIGN) - low + 2**15, 0) & _HIGH
+    scratch["word"][...] = (bits & _SIGN) | high | low
+    above = _bfloat16_bits(rolled(slope, width - 1) - slope)
+    below = _bfloat16_bits(rolled(slope, 1) - slope)
+    scratch["kinks"][...] = (above << 16) | below
+
+
+def look_up(plan: Plan, scratch: dict, places: list[Array], rows: slice) -> list[Found]:
+    """Bias and slope of every chunk of some rows of a tile."""
+    if not plan.contextual.packed:
+        middle, slope = scratch["middle"][rows, :], scratch["slope"][rows, :]
+        return [_exact(middle, slope, place) for place in places]
+    word, kinks = scratch["word"][rows, :], scratch["kinks"][rows, :]
+    found = []
+    for start in range(0, len(places), 3):
+        group = slice(start, start + 3)
+        if len(places[group]) == 3:
+            found += _triple(word, kinks, *places[group])
+        else:
+            found += [_single(word, place)[0] for place in places[group]]
+    return found
+
+
+def _split(place: Float[Array, "t 128"], mask: int) -> tuple[Int[Array, "t 128"], Array]:
+    """The nearest whole number, and the rest between -1/2 and 1/2."""
+    index = _as_int(place + _ROUNDER) & mask
+    # Not place - (rounded - _ROUNDER), which XLA, where it stands in for a TPU, would make 0.
+    return index, place - index.astype(jnp.float32)
+
+
+def _exact(middle: Array, slope: Array, place: Float[Array, "t 128"]) -> Found:
+    index, rest = _split(place, _NUMBER)
+    rise = _gather(slope, index)
+    return Found(_gather(middle, index) + rest * rise, rise)
+
+
+def _single(word: Array, place: Float[Array, "t 128"]) -> tuple[Found, Array, Array]:
+    """One key; also its row and the middle there."""
+    index, rest = _split(place, LANES - 1)
+    both = lane_gather(word, index)
+    middle, slope = _as_float(both), _as_float(both << 16)
+    return Found(middle + rest * slope, slope), index, middle
+
+
+def _triple(word: Array, kinks: Array, left: Array, place: Array, right: Array) -> list[Found]:
+    """A key and its neighbours, by their places, which are less than 1 apart."""
+    center, index, middle = _single(word, place)
+    both, slope = lane_gather(kinks, index), center.slope
+    above, below = _as_float(both & _HIGH), _as_float(both << 16)
+    row = index.astype(jnp.float32)
+    higher, lower = left - row, right - row
+    over, under = jnp.maximum(higher - 0.5, 0.0), jnp.minimum(lower + 0.5, 0.0)
+    return [
+        Found(middle + higher * slope + over * above, jnp.where(over > 0, slope + above, slope)),
+        center,
+        Found(middle + lower * slope + under * below, jnp.where(under < 0, slope + below, slope)),
+    ]
+
+
+def _gather(table: Num[Array, "t width"], index: Int[Array, "t 128"]) -> Num[Array, "t 128"]:
+    """table[row, index[row, lane]] for tables of several registers."""
+    parts = chunks(table)
+    if len(parts) == 1:
+        return lane_gather(table, index)
+    lane, piece = index & (LANES - 1), index >> 7
+    found = lane_gather(parts[0], lane)
+    for number, part in enumerate(parts[1:], start=1):
+        found = jnp.where(piece == number, lane_gather(part, lane), found)
+    return found
+
+
+def _as_int(x: Float[Array, "t n"]) -> Int[Array, "t n"]:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _as_float(x: Int[Array, "t n"]) -> Float[Array, "t n"]:
+    return jax.lax.bitcast_convert_type(x, jnp.float32)
+
+
+def _bfloat16_bits(x: Float[Array, "t n"]) -> Int[Array, "t n"]:
+    """The bits of the nearest bfloat16, in the low half."""
+    return ((_as_int(x) + 2**15) >> 16) & (2**16 - 1)
