@@ -39,7 +39,7 @@ from rich.progress import track
 from rich.table import Table
 
 from posjax import ContextualBias
-from posjax.kernels.blocks import TpuBlocks
+from posjax.kernels.blocks import TpuBlocks, fastest_tpu_sizes
 from posjax.kernels.tpu.attention import attention
 from posjax.masks import Mask, Side
 
@@ -91,13 +91,15 @@ class Settings:
 def _ours(settings: Settings, sizes: tuple[int, ...], contextual: bool):
     memory = sizes[2] if len(sizes) > 2 else 4 * sizes[1]
     length = math.lcm(sizes[0], memory) * (1 if sizes[0] > memory else 2)
-    blocks = TpuBlocks(*sizes[:2], memory)
     side = Side(jnp.arange(length)[None])
     mask = Mask(side, side, is_causal=True)
 
     def attend(query, key, value, *table):
         bias = ContextualBias(*table) if table else None
         scale = settings.head_size**-0.5
+        rows = fastest_tpu_sizes().rows  # of the chip that is traced for
+        rows = rows if rows and sizes[0] % rows == 0 else None
+        blocks = TpuBlocks(*sizes[:2], memory, rows)
         return attention(query, key, value, bias, mask, scale=scale, blocks=blocks)
 
     table = jax.ShapeDtypeStruct((settings.positions, settings.head_size), jnp.float32)

@@ -4,7 +4,15 @@ import dataclasses
 
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["Blocks", "TpuBlocks", "blockwise_sizes", "tpu_generation", "tpu_sizes", "tpu_vmem"]
+__all__ = [
+    "Blocks",
+    "TpuBlocks",
+    "blockwise_sizes",
+    "fastest_tpu_sizes",
+    "tpu_generation",
+    "tpu_sizes",
+    "tpu_vmem",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +63,21 @@ class TpuBlocks:
 # Generation -> sizes with the fewest bundles for each pair of query and key, in the schedules of
 # benchmarks/tpu_schedule.py; without a TPU those of v6e.
 _FASTEST = {
-    4: TpuBlocks(128, 384, 1920),
+    4: TpuBlocks(128, 384, 1152),
     5: TpuBlocks(256, 1536, 7680, rows=64),
     6: TpuBlocks(512, 1536, 7680),
     7: TpuBlocks(256, 1536, 7680),
 }
 
 
+def fastest_tpu_sizes() -> TpuBlocks:
+    """The fastest sizes of the chip, for long sequences."""
+    return _FASTEST[tpu_generation() or 6]
+
+
 def tpu_sizes(queries: int, keys: int) -> TpuBlocks:
     """Sizes for `kernels.tpu`: the fastest of the chip, or smaller ones for short sequences."""
-    fastest = _FASTEST[tpu_generation() or 6]
+    fastest = fastest_tpu_sizes()
     query = min(fastest.query, _rounded(queries, 128))
     # Of the sizes that pad least the largest; padding is work too.
     sizes = [size for size in (1536, 1024, 768, 512, 384, 256, 128) if size <= fastest.key]

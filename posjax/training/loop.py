@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from posjax.attention import implementations_used
 from posjax.models import Transformer
 from posjax.tasks.data import train_dataset
 from posjax.training.checkpoints import Checkpoints
@@ -74,7 +76,9 @@ class _Trainer:
         schedule = make_schedule(config.optimizer, config.train.steps)
         optimizer = make_optimizer(config.optimizer, schedule)
         self.start = (self.model, optimizer, config.task.length, config.seed, self.mesh)
-        self.target = abstract_state(*self.start)  # Errors of the model, before there is a folder.
+        # Errors of the model, before there is a folder.
+        self.target = abstract_state(*self.start)
+        self.attention = self._implementations()
         self.batches = iter(
             train_dataset(
                 config.task,
@@ -100,6 +104,7 @@ class _Trainer:
             every=train.checkpoint_every,
             keep=train.keep_checkpoints,
         )
+        self._say(self.attention)
         try:
             state = self._restore() if resume else None
             state = self._begin() if state is None else state
@@ -241,6 +246,22 @@ class _Trainer:
             draw_run(report, read_records(self.directory), self.directory)
             write_json(self.directory / "report.json", report)
         return report
+
+    def _implementations(self) -> str:
+        """Which code computes attention, for every layer."""
+        shape = (self.config.train.batch_size, self.config.task.length)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        with implementations_used() as used, jax.set_mesh(self.mesh):
+            jax.eval_shape(self.model.apply, {"params": self.target.params}, tokens)
+        platform = self.mesh.devices.flat[0].platform
+        if "tpu" in used and platform != "tpu":
+            raise ValueError(
+                f'model.implementation="tpu" needs TPUs, but the devices are {platform}s; leave it '
+                'out to choose by the device, or use "xla"'
+            )
+        if len(set(used)) == 1:
+            return f"attention: {used[0]} in all {self.config.model.layers} layers"
+        return "attention: " + ", ".join(f"{name} in layer {i}" for i, name in enumerate(used))
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,136 @@
+"""The TPU kernels compile for real chips, fit, and stay where the mesh puts them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.experimental import topologies
+
+import posjax
+import posjax.kernels.blocks
+from posjax.encodings import CoPE
+from posjax.kernels.blocks import TpuBlocks
+from posjax.models import Transformer, TransformerConfig
+from tests import aot
+
+CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimised():
+    """Compiled as users compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Each tile is written out, so small ones compile in seconds."""
+    sizes = TpuBlocks(128, 256, 512)
+    monkeypatch.setattr(posjax.kernels.blocks, "tpu_sizes", lambda queries, keys: sizes)
+
+
+def abstract_device(topology):
+    """What kernels ask about the chip that they are traced for."""
+    device = topology.devices[0]
+    described = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=described)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def attention(query, key, value, table, **settings):
+    bias = None if table is None else posjax.ContextualBias(table)
+    return posjax.dot_product_attention(
+        query, key, value, bias, is_causal=True, implementation="tpu", **settings
+    )
+
+
+def gradient(*inputs):
+    loss = lambda *inputs: jnp.sum(attention(*inputs).astype(jnp.float32))  # noqa: E731
+    which = tuple(i for i, x in enumerate(inputs) if x is not None)
+    return jax.grad(loss, argnums=which)(*inputs)
+
+
+def arguments(length, heads=2, kv_heads=1, size=128, positions=64, dtype="bfloat16"):
+    """Query, key, value and table."""
+    array = lambda heads: jax.ShapeDtypeStruct((1, length, heads, size), dtype)  # noqa: E731
+    table = jax.ShapeDtypeStruct((positions, size), jnp.float32)
+    return array(heads), array(kv_heads), array(kv_heads), table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_for_every_generation(chip, small_blocks):
+    topology = aot.tpu_topology(chip)
+    with abstract_device(topology):
+        executable = aot.compiled(gradient, topology, *arguments(1024))
+    assert executable.as_text().count("posjax_attention_") >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"size": 64}, {"size": 80}, {"size": 256}, {"positions": 200}, {"dtype": "float32"}],
+    ids=str,
+)
+def test_compiles_for_every_size_and_type(settings, small_blocks):
+    topology = aot.tpu_topology("v5e:2x2")
+    with abstract_device(topology):
+        aot.compiled(gradient, topology, *arguments(1024, **settings))
+
+
+@pytest.mark.slow
+def test_a_long_sequence_fits_with_the_default_blocks():
+    """16 heads of 128 over 32,768 tokens."""
+    topology = aot.tpu_topology("v5e:2x2")
+    inputs = arguments(32768, heads=16, kv_heads=8)
+    with abstract_device(topology):
+        executable = aot.compiled(gradient, topology, *inputs)
+    query_bytes = inputs[0].size * 2
+    # Residuals, float32 gradients, and keys and values in the kernels' order.
+    assert executable.memory_analysis().temp_size_in_bytes < 8 * query_bytes
+
+
+def train_step(model):
+    """One step of SGD."""
+
+    def loss(params, tokens):
+        logits = model.apply({"params": params}, tokens)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens))
+
+    def step(params, tokens):
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params, tokens))
+
+    return step
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion  # Flax's LayerNorm mixes dtypes
+@pytest.mark.parametrize(
+    "slice_, shape, axes",
+    [("v5e:4x4", (16,), ("data",)), ("v5p:4x4x4", (16, 4), ("data", "tensor"))],
+)
+def test_a_train_step_on_many_chips_has_no_collective_in_attention(
+    slice_, shape, axes, small_blocks
+):
+    topology = aot.tpu_topology(slice_)
+    mesh = topologies.make_mesh(topology, shape, axes)
+    config = TransformerConfig(layers=1, width=512, heads=4, dtype="bfloat16", implementation="tpu")
+    model = Transformer(config, vocab_size=256, encoding=CoPE(num_positions=16))
+    tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    place = lambda x, spec: jax.ShapeDtypeStruct(  # noqa: E731
+        x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec)
+    )
+    params = jax.tree.map(lambda x: place(x, jax.P()), nn.unbox(params))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(train_step(model)).lower(params, place(tokens, jax.P("data")))
+    text = lowered.compile().as_text()
+    assert text.count("posjax_attention_forward") and text.count("posjax_attention_backward")
+    assert "all-reduce" in text  # of the parameters' gradients
+    assert "all-to-all" not in text
