@@ -8,6 +8,7 @@ here is about p - 1/2, called `place`: its nearest whole number is the row of th
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.tpu.plan import LANES
 from posjax.kernels.tpu.registers import added, join, lane_gather, last_lane, matmul, rolled
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 HALF = 0.5
+# jax 0.11 has moved it.
+_reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
 # 2^-64 is a gate that counts nothing, and 2^64 has a reciprocal.
 _SURELY_CLOSED = 64.0
 
@@ -39,7 +42,7 @@ def gate(exponent: Float[Array, "t 128"], newton: bool) -> Float[Array, "t 128"]
     if not newton:
         return 1.0 / (1.0 + jnp.exp2(exponent))
     denominator = 1.0 + jnp.exp2(jnp.minimum(exponent, _SURELY_CLOSED))
-    guess = pl.reciprocal(denominator, approx=True)
+    guess = _reciprocal(denominator, approx=True)
     return guess * (2.0 - denominator * guess)
 
 

@@ -1,5 +1,6 @@
 """Training from a config to a report: build, restore, train, evaluate, write."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ class _Trainer:
             every=train.checkpoint_every,
             keep=train.keep_checkpoints,
         )
-        self._say(self.attention)
+        if self.attention:
+            self._say(self.attention)
         try:
             state = self._restore() if resume else None
             state = self._begin() if state is None else state
@@ -248,17 +250,23 @@ class _Trainer:
         return report
 
     def _implementations(self) -> str:
-        """Which code computes attention, for every layer."""
+        """Which code computes attention, for every layer; nothing for a model without attention."""
         shape = (self.config.train.batch_size, self.config.task.length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        # Layers one by one, in a function of its own: jax does not trace one twice.
+        config = dataclasses.replace(self.config.model, scan_layers=False, remat=False)
+        model = self.model.clone(config=config)
+        init = lambda key, tokens: model.init(key, tokens)  # noqa: E731
         with implementations_used() as used, jax.set_mesh(self.mesh):
-            jax.eval_shape(self.model.apply, {"params": self.target.params}, tokens)
+            jax.eval_shape(init, jax.random.key(0), tokens)
         platform = self.mesh.devices.flat[0].platform
         if "tpu" in used and platform != "tpu":
             raise ValueError(
                 f'model.implementation="tpu" needs TPUs, but the devices are {platform}s; leave it '
                 'out to choose by the device, or use "xla"'
             )
+        if not used:
+            return ""
         if len(set(used)) == 1:
             return f"attention: {used[0]} in all {self.config.model.layers} layers"
         return "attention: " + ", ".join(f"{name} in layer {i}" for i, name in enumerate(used))
