@@ -118,29 +118,37 @@ class Mask:
         hold no visible key; a block inside may still be masked in parts. Where nothing is visible,
         first > last.
         """
-        seen = self._blocks_seen(block_q, block_k)
+        seen = jnp.any(self.blocks_seen(block_q, block_k)[0], axis=0)
         count = seen.shape[1]
         first = jnp.where(jnp.any(seen, axis=1), jnp.argmax(seen, axis=1), 1)
         last = jnp.where(jnp.any(seen, axis=1), count - 1 - jnp.argmax(seen[:, ::-1], axis=1), 0)
         return first.astype(jnp.int32), last.astype(jnp.int32)
 
-    def _blocks_seen(self, block_q: int, block_k: int) -> Bool[Array, "blocks_q blocks_k"]:
+    def blocks_seen(
+        self, block_q: int, block_k: int
+    ) -> tuple[Bool[Array, "#B blocks_q blocks_k"], Bool[Array, "#B blocks_q blocks_k"]]:
+        """Which blocks hold a visible pair (an upper bound), and which surely hold only such."""
         query_low, query_high = _block_bounds(self.query.positions, block_q)
         key_low, key_high = _block_bounds(self.key.positions, block_k)
-        seen = jnp.ones((1, query_low.shape[1], key_low.shape[1]), bool)
+        nearest = query_low[:, :, None] - key_high[:, None, :]
+        farthest = query_high[:, :, None] - key_low[:, None, :]
+        hidden = (self.array, self.query.valid, self.key.valid)
+        seen = jnp.ones_like(nearest, dtype=bool)
+        full = seen & all(part is None for part in hidden)
         if self.is_causal:
-            seen &= key_low[:, None, :] <= query_high[:, :, None]
+            seen, full = seen & (farthest >= 0), full & (nearest >= 0)
         if self.window is not None:
             left, right = self.window
-            seen &= key_high[:, None, :] >= query_low[:, :, None] - left
-            seen &= key_low[:, None, :] <= query_high[:, :, None] + right
+            seen &= (nearest <= left) & (farthest >= -right)
+            full &= (farthest <= left) & (nearest >= -right)
         if self.query.segment_ids is not None and self.key.segment_ids is not None:
             query_low, query_high = _block_bounds(self.query.segment_ids, block_q)
             key_low, key_high = _block_bounds(self.key.segment_ids, block_k)
-            seen &= (key_low[:, None, :] <= query_high[:, :, None]) & (
-                key_high[:, None, :] >= query_low[:, :, None]
-            )
-        return jnp.any(seen, axis=0)
+            low = jnp.maximum(query_low[:, :, None], key_low[:, None, :])
+            high = jnp.minimum(query_high[:, :, None], key_high[:, None, :])
+            alike = (query_low == query_high)[:, :, None] & (key_low == key_high)[:, None, :]
+            seen, full = seen & (low <= high), full & alike & (low == high)
+        return seen, full
 
 
 def _block_bounds(

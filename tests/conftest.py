@@ -66,6 +66,15 @@ def promotion(request):
             yield
 
 
+@pytest.fixture(scope="module")
+def optimised():
+    """Compiled as users compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def installed(distribution: str) -> bool:
     """Whether a distribution is there, without importing it."""
     try:

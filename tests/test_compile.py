@@ -7,6 +7,7 @@ import pytest
 import posjax
 from tests import aot
 
+pytestmark = pytest.mark.usefixtures("optimised")
 DEVICES = ("v5e:2x2", "v6e:2x2", "h200")
 HEADS, SIZE, POSITIONS = 2, 64, 16
 
@@ -28,15 +29,6 @@ def gradient(*inputs):
         return jnp.sum(forward(*inputs).astype(jnp.float32))
 
     return jax.grad(loss, argnums=(0, 1, 2, 3))(*inputs)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optimised():
-    """Compiled as users compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("device", DEVICES)

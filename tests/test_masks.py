@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,3 +72,15 @@ def test_a_block_equals_its_part_of_the_dense_mask_and_ranges_leave_nothing_out(
             ).dense()
             np.testing.assert_array_equal(got[0, 0], part)
             assert first[i] <= j <= last[i] or not part.any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, (5, 3), (30, 30)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_full_blocks_are_full_and_seen_blocks_hold_all_that_is_seen(causal, window, packed):
+    places, ids = jnp.arange(24)[None], jnp.arange(24)[None] // 12 if packed else None
+    mask = Mask(Side(places, ids), Side(places, ids), is_causal=causal, window=window)
+    blocks = np.asarray(mask.dense())[:, 0].reshape(-1, 6, 4, 4, 6).swapaxes(2, 3)
+    seen, full = (np.asarray(x) for x in mask.blocks_seen(4, 6))
+    np.testing.assert_array_equal(seen, blocks.any(axis=(3, 4)))
+    np.testing.assert_array_equal(full, blocks.all(axis=(3, 4)))

@@ -150,10 +150,10 @@ class Layout:
                 add(name, shape, block, at.batch, kv_head, None, None)
         return found
 
-    def cost(self, products: int, causal_share: float = 0.5) -> pl.CostEstimate:
+    def cost(self, products: int) -> pl.CostEstimate:
         """`products` matrix products of all pairs, halved where attention is causal."""
         pairs = self.batch * self.heads * self.query_length * self.key_length
-        pairs = int(pairs * (causal_share if self.plan.is_causal else 1))
+        pairs //= 2 if self.plan.is_causal else 1
         width = jnp.dtype(self.dtype).itemsize
         rows = self.batch * (self.heads * self.query_length + self.kv_heads * self.key_length)
         exponentials = 2 if self.plan.contextual is not None else 1

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from posjax.kernels.blocks import TpuBlocks
-from posjax.masks import Mask, Side
+from posjax.masks import Mask
 from posjax.types import Array, Int
 
 __all__ = [
@@ -126,7 +126,7 @@ class Ranges:
 
 def walk_ranges(mask: Mask, plan: Plan) -> Ranges:
     """The ranges of every block of queries; one row for all of a batch where all are alike."""
-    seen, full = _blocks_seen(mask, plan.blocks.query, plan.blocks.key)
+    seen, full = mask.blocks_seen(plan.blocks.query, plan.blocks.key)
     any_seen, count = jnp.any(seen, axis=2), seen.shape[2]
     first = jnp.where(any_seen, jnp.argmax(seen, axis=2), 1)
     last = jnp.where(any_seen, count - 1 - jnp.argmax(seen[:, :, ::-1], axis=2), 0)
@@ -142,39 +142,3 @@ def walk_ranges(mask: Mask, plan: Plan) -> Ranges:
     )
     stacked = jnp.stack([first, full_first, full_last, last], axis=1).astype(jnp.int32)
     return Ranges(stacked.reshape(-1), stacked.shape[0], stacked.shape[2])
-
-
-def _blocks_seen(mask: Mask, block_q: int, block_k: int) -> tuple[Array, Array]:
-    """Whether blocks hold a visible pair (an upper bound), and whether they hold only such."""
-    query, key = _Bounds.of(mask.query, block_q), _Bounds.of(mask.key, block_k)
-    closest = query.low[:, :, None] - key.high[:, None, :]
-    farthest = query.high[:, :, None] - key.low[:, None, :]
-    seen = jnp.ones_like(closest, dtype=bool)
-    full = seen
-    if mask.is_causal:
-        seen, full = seen & (farthest >= 0), full & (closest >= 0)
-    if mask.window is not None:
-        left, right = mask.window
-        seen &= (closest <= left) & (farthest >= -right)
-        full &= (farthest <= left) & (closest >= -right)
-    if mask.query.segment_ids is not None:
-        query, key = _Bounds.of(mask.query, block_q, True), _Bounds.of(mask.key, block_k, True)
-        low = jnp.maximum(query.low[:, :, None], key.low[:, None, :])
-        high = jnp.minimum(query.high[:, :, None], key.high[:, None, :])
-        alike = (query.low == query.high)[:, :, None] & (key.low == key.high)[:, None, :]
-        seen, full = seen & (low <= high), full & alike & (low == high)
-    return seen, full & seen
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bounds:
-    """Smallest and largest position (or segment id) of each block."""
-
-    low: Int[Array, "#B blocks"]
-    high: Int[Array, "#B blocks"]
-
-    @classmethod
-    def of(cls, side: Side, size: int, segments: bool = False) -> "_Bounds":
-        values = side.segment_ids if segments else side.positions
-        blocks = values.reshape(values.shape[0], -1, size)
-        return cls(blocks.min(axis=-1), blocks.max(axis=-1))

@@ -14,16 +14,8 @@ from posjax.kernels.blocks import TpuBlocks
 from posjax.models import Transformer, TransformerConfig
 from tests import aot
 
+pytestmark = pytest.mark.usefixtures("optimised")
 CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optimised():
-    """Compiled as users compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -81,7 +73,9 @@ def test_compiles_for_every_generation(chip, small_blocks):
 def test_compiles_for_every_size_and_type(settings, small_blocks):
     topology = aot.tpu_topology("v5e:2x2")
     with abstract_device(topology):
-        aot.compiled(gradient, topology, *arguments(1024, **settings))
+        executable = aot.compiled(gradient, topology, *arguments(1024, **settings))
+    for output, wanted in zip(executable.out_info, arguments(1024, **settings), strict=True):
+        assert (output.shape, output.dtype) == (wanted.shape, wanted.dtype)
 
 
 @pytest.mark.slow
