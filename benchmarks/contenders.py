@@ -14,10 +14,11 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from posjax import ContextualBias
+from posjax import ContextualBias, RelativeBias
 from posjax.kernels.blocks import TpuBlocks, fastest_tpu_sizes
 from posjax.kernels.tpu.attention import attention
 from posjax.masks import Mask, Side
+from posjax.types import Array
 
 __all__ = ["BLOCKS", "CONTENDERS", "STEPS", "Contender", "Problem", "sizes_of", "split"]
 
@@ -29,26 +30,39 @@ class Problem(NamedTuple):
     positions: int
 
 
-def _ours(problem: Problem, sizes: tuple[int, ...], contextual: bool):
+def _ours(problem: Problem, sizes: tuple[int, ...], bias: str):
     memory = sizes[2] if len(sizes) > 2 else 4 * sizes[1]
     length = math.lcm(sizes[0], memory) * (1 if sizes[0] > memory else 2)
     side = Side(jnp.arange(length)[None])
     mask = Mask(side, side, is_causal=True)
 
-    def attend(query, key, value, *table):
-        bias = ContextualBias(*table) if table else None
+    # A number that trains for each table's row or head.
+    shape = {"cope": (problem.positions, problem.head_size), "alibi": (2,), "none": ()}[bias]
+    trained = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def attend(query, key, value, trained):
+        if bias == "cope":
+            described = ContextualBias(trained)
+        else:
+            alibi = RelativeBias(_linear, trained, distance_only=True)
+            described = alibi if bias == "alibi" else None
         scale = problem.head_size**-0.5
         rows = fastest_tpu_sizes().rows  # of the chip that is traced for
         rows = rows if rows and sizes[0] % rows == 0 else None
         blocks = TpuBlocks(*sizes[:2], memory, rows)
-        return attention(query, key, value, bias, mask, scale=scale, blocks=blocks)
+        return attention(query, key, value, described, mask, scale=scale, blocks=blocks)
 
-    table = jax.ShapeDtypeStruct((problem.positions, problem.head_size), jnp.float32)
     query, key = (
         jax.ShapeDtypeStruct((1, length, heads, problem.head_size), jnp.bfloat16)
         for heads in (2, 1)
     )
-    return attend, (query, key, key, *([table] if contextual else []))
+    return attend, (query, key, key, trained)
+
+
+def _linear(slopes: Array, query_positions: Array, key_positions: Array) -> Array:
+    """ALiBi with slopes that train."""
+    distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+    return -slopes[:, None, None] * jnp.abs(distance).astype(jnp.float32)
 
 
 def _theirs(problem: Problem, sizes: tuple[int, ...], make: Callable, causal: bool):
@@ -104,8 +118,9 @@ def _contender(forward: str, make: Callable, causal: bool) -> Contender:
 
 _OURS = ("posjax_attention_forward",), ("posjax_attention_backward",), True
 CONTENDERS = {
-    "cope": Contender(functools.partial(_ours, contextual=True), *_OURS),
-    "plain": Contender(functools.partial(_ours, contextual=False), *_OURS),
+    "cope": Contender(functools.partial(_ours, bias="cope"), *_OURS),
+    "alibi": Contender(functools.partial(_ours, bias="alibi"), *_OURS),
+    "plain": Contender(functools.partial(_ours, bias="none"), *_OURS),
     "splash": _contender("splash_mha_fwd", _splash, False),
     "splash-causal": _contender("splash_mha_fwd", _splash, True),
     "flash": _contender("flash_attention", _flash, False),

@@ -75,12 +75,19 @@ def fastest_tpu_sizes() -> TpuBlocks:
     return _FASTEST[tpu_generation() or 6]
 
 
-def tpu_sizes(queries: int, keys: int) -> TpuBlocks:
-    """Sizes for `kernels.tpu`: the fastest of the chip, or smaller ones for short sequences."""
+def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
+    """Sizes for `kernels.tpu`: the fastest of the chip, or smaller ones for short sequences.
+
+    Args:
+        relative: whether there is a relative bias, which wants a power of two of keys, and as many
+            keys as queries.
+    """
     fastest = fastest_tpu_sizes()
     query = min(fastest.query, _rounded(queries, 128))
     # Of the sizes that pad least the largest; padding is work too.
     sizes = [size for size in (1536, 1024, 768, 512, 384, 256, 128) if size <= fastest.key]
+    if relative:
+        sizes = [size for size in sizes if size >= query and size & (size - 1) == 0]
     key = min(sizes, key=lambda size: _rounded(keys, size) * (1 + 64 / size))
     memory = min(fastest.memory // key * key, _rounded(keys, key))
     rows = fastest.rows if fastest.rows and query % fastest.rows == 0 else None

@@ -63,9 +63,16 @@ def over_mesh(
     bias_specs = None if bias is None else bias.map_axes(spec, lambda _: P())
     if heads and bias is not None:
         bias_specs = bias.map_heads(spec, bias_specs)
+    parts = _parts(mesh, heads)
+
+    def of_own_heads(query: Array, key: Array, value: Array, bias: Bias | None, mask: Mask):
+        if heads and bias is not None:
+            bias = bias.own_heads(jax.lax.axis_index(heads), parts)
+        return run(query, key, value, bias, mask)
+
     # Loop states start as constants, which the check of varying values would want cast one by one.
     split = jax.shard_map(
-        run,
+        of_own_heads,
         in_specs=(whole, whole, whole, bias_specs, jax.tree.map(spec, mask)),
         out_specs=whole,
         axis_names=set(mesh.axis_names) if opaque else set(axes),

@@ -77,9 +77,11 @@ def dot_product_attention(
         local_window_size: (left, right), or one number for both: keys farther from the query are
             not seen.
         implementation: "reference" (dense, float32 inside), "xla" (blockwise, O(T) memory, any
-            backend), "tpu" (Pallas; no bias or a `ContextualBias`), "gpu"; None chooses: on TPUs
-            "tpu" where it can and there are at least 128 queries; elsewhere, without bias and with
-            at most `is_causal`, `jax.nn.dot_product_attention`; else "xla".
+            backend), "tpu" (Pallas; no bias, a `ContextualBias`, each `RelativeBias` with
+            `distance_only`, or their sum), "gpu"; None chooses: on TPUs "tpu" where it can and
+            there are at least 128 queries; elsewhere, without bias and with at most `is_causal`,
+            `jax.nn.dot_product_attention`; else "xla". With a `RelativeBias` "tpu" looks at the
+            positions when it runs, and is "xla" where they do not rise by one.
 
     Returns:
         [B, T, N, E] in query's dtype; E is the head size of value.
@@ -126,8 +128,7 @@ def dot_product_attention(
     if chosen == "reference":
         return reference.attention(query, key, value, bias, mask, scale=scale)
     if chosen == "tpu":
-        sizes = blocks.tpu_sizes(length, key.shape[1])
-        run = functools.partial(tpu.attention, scale=scale, blocks=sizes)
+        run = functools.partial(tpu.attention, scale=scale)
     else:
         sizes = blocks.blockwise_sizes(length, key.shape[1])
         run = functools.partial(blockwise.attention, scale=scale, blocks=sizes)

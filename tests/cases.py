@@ -79,7 +79,7 @@ BIASES = {
     ),
     "relative": (
         lambda case, key: {"slopes": jnp.linspace(0.1, 0.5, case.heads)},
-        lambda params, case: RelativeBias(linear, params["slopes"]),
+        lambda params, case: RelativeBias(linear, params["slopes"], distance_only=True),
     ),
     "cope": (
         lambda case, key: {
@@ -119,7 +119,10 @@ BIASES = {
             "slopes": jnp.linspace(0.1, 0.5, case.heads),
         },
         lambda params, case: BiasSum(
-            (_contextual({"table": params["table"]}, case), RelativeBias(linear, params["slopes"]))
+            (
+                _contextual({"table": params["table"]}, case),
+                RelativeBias(linear, params["slopes"], distance_only=True),
+            )
         ),
     ),
 }

@@ -8,10 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias
+from posjax.biases.base import Bias, BiasSum, RelativeBias
 from posjax.biases.contextual import ContextualBias
-from posjax.kernels.blocks import TpuBlocks, tpu_generation
-from posjax.kernels.tpu import counting
+from posjax.kernels import blockwise
+from posjax.kernels.blocks import TpuBlocks, blockwise_sizes, tpu_generation, tpu_sizes
+from posjax.kernels.tpu import counting, relative
 from posjax.kernels.tpu.backward import backward
 from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.plan import LANES, LOG2E, Contextual, Plan, Ranges, interleave, walk_ranges
@@ -31,13 +32,27 @@ def unsupported(query: Array, bias: Bias | None, mask: Mask) -> str | None:
         return f"query has dtype {query.dtype}; the TPU kernels take float32 and bfloat16"
     if mask.array is not None:
         return "an explicit mask array has no block that the TPU kernels could leave out"
-    if bias is None:
-        return None
-    if not isinstance(bias, ContextualBias):
-        return f"{type(bias).__name__} has no TPU kernel"
-    if bias.direction == "forward":
-        return 'direction="forward" counts from the far end, and the TPU kernels start at the query'
+    for part in _parts(bias):
+        if isinstance(part, RelativeBias) and not part.distance_only:
+            name = getattr(part.function, "__name__", type(part.function).__name__)
+            return f"RelativeBias without distance_only (its function is {name}) has no TPU kernel"
+        if not isinstance(part, ContextualBias | RelativeBias):
+            return f"{type(part).__name__} has no TPU kernel"
+        if isinstance(part, ContextualBias) and part.direction == "forward":
+            return (
+                'direction="forward" counts from the far end, and the TPU kernels start at the '
+                "query"
+            )
+    if sum(isinstance(part, ContextualBias) for part in _parts(bias)) > 1:
+        return "a sum of several ContextualBias has no TPU kernel"
     return None
+
+
+def _parts(bias: Bias | None) -> list[Bias]:
+    """The descriptions that are added up."""
+    if isinstance(bias, BiasSum):
+        return [one for part in bias.parts for one in _parts(part)]
+    return [] if bias is None else [bias]
 
 
 def attention(
@@ -48,19 +63,58 @@ def attention(
     mask: Mask,
     *,
     scale: float,
-    blocks: TpuBlocks,
+    blocks: TpuBlocks | None = None,
 ) -> Num[Array, "B T N E"]:
     """Attention by the TPU kernels; a query that may attend to nothing gives 0.
 
+    Where the positions of a `RelativeBias` turn out not to rise by one from token to token (see
+    `relative.is_regular`), this is `kernels.blockwise`.
+
+    Args:
+        blocks: None: the fastest of the chip.
+
     Raises:
         NotImplementedError: for what `unsupported` names.
+        ValueError: blocks that do not fit a relative bias.
     """
     reason = unsupported(query, bias, mask)
     if reason is not None:
         raise NotImplementedError(f'{reason}; use implementation="xla".')
+    lengths = query.shape[1], key.shape[1]
+    relatives = [part for part in _parts(bias) if isinstance(part, RelativeBias)]
+    blocks = tpu_sizes(*lengths, relative=bool(relatives)) if blocks is None else blocks
+    run = functools.partial(_by_kernels, scale=scale, blocks=blocks)
+    if not relatives:
+        return run(query, key, value, bias, mask)
+    if not relative.fits(blocks):
+        raise ValueError(
+            f"{blocks} do not fit a relative bias; query must be a multiple of key / {LANES}, and "
+            "at most key."
+        )
+    sizes = blockwise_sizes(*lengths)
+    instead = functools.partial(blockwise.attention, scale=scale, blocks=sizes)
+    regular = functools.reduce(jnp.logical_and, (relative.is_regular(x, mask) for x in relatives))
+    if not isinstance(regular, jax.core.Tracer):
+        return (run if regular else instead)(query, key, value, bias, mask)
+    return jax.lax.cond(regular, run, instead, query, key, value, bias, mask)
+
+
+def _by_kernels(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Bias | None,
+    mask: Mask,
+    *,
+    scale: float,
+    blocks: TpuBlocks,
+) -> Array:
     length, keys = query.shape[1], key.shape[1]
     padding = -length % blocks.query, -keys % blocks.key
-    mask = _padded(mask, *padding)
+    parts = _parts(bias)
+    relatives = [part for part in parts if isinstance(part, RelativeBias)]
+    bias = next((part for part in parts if isinstance(part, ContextualBias)), None)
+    positions, mask = mask, _padded(mask, *padding)
     plan = Plan(
         scale=scale,
         blocks=blocks,
@@ -69,10 +123,14 @@ def attention(
         window=mask.window,
         segments=mask.query.segment_ids is not None,
         contextual=_contextual(query, bias, scale, blocks),
+        relative=bool(relatives),
     )
     numbers = walk_ranges(mask, plan)
     arrays = _same_heads(_heads_first(plan, padding, query, key, value, bias))
     arrays |= {} if bias is None else _tables(plan, bias, query.shape[2])
+    if relatives:
+        padded = length + padding[0], keys + padding[1]
+        arrays["strips"] = relative.strips(relatives, positions, plan, *padded)
     output = _attention(plan, numbers.batch, arrays, numbers.flat, _sides(plan, mask))
     return jnp.swapaxes(output, 1, 2)[:, :length]
 
@@ -208,6 +266,9 @@ def _like(x: Array, name: str, gradient: Array) -> Array:
         gradient = jnp.sum(gradient, axis=0)
     if name == "table" and x.shape[0] == 1:
         gradient = jnp.sum(gradient, axis=0, keepdims=True)
+    if name == "strips":
+        shared = tuple(axis for axis in (0, 1) if x.shape[axis] == 1)
+        gradient = jnp.sum(gradient, axis=shared, keepdims=True)
     return gradient.astype(x.dtype)
 
 

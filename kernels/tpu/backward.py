@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu import counting, gradients, tables, tiles
+from posjax.kernels.tpu import counting, gradients, relative, tables, tiles
 from posjax.kernels.tpu.counting import HALF
 from posjax.kernels.tpu.gradients import Block
 from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
@@ -86,12 +86,15 @@ def _scratch(plan: Plan, layout: Layout) -> dict:
     scratch["transfer"] = pltpu.SemaphoreType.DMA(())
     if plan.contextual is not None:
         scratch |= tables.scratch_shapes(plan) | gradients.scratch_shapes(plan, layout.dtype)
+    if plan.relative:
+        scratch |= relative.scratch_shapes(plan, gradient=True)
     return scratch
 
 
 def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs, scratch):
     b, k, m, g, i = (pl.program_id(axis) for axis in range(5))
-    block = Block(plan, inputs, outputs, scratch, m * layout.part_blocks, g)
+    after = layout.query_blocks - 1 - i
+    block = Block(plan, inputs, outputs, scratch, m * layout.part_blocks, g, after)
     span = ranges.span(numbers, b, i)
     slot = g * layout.query_blocks + i
 
@@ -101,7 +104,7 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
 
     @pl.when((m == 0) & (g == 0) & (i == 0))
     def _():
-        _clear(outputs, ("table", "gate_bias"))
+        _clear(outputs, ("table", "gate_bias", "strips"))
 
     rows = pl.ds(i * plan.blocks.query, plan.blocks.query)
     dquery = outputs["query"].at[b, k * layout.groups + g, rows, :]

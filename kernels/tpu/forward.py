@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.common import MASKED
-from posjax.kernels.tpu import pipeline, registers, tables, tiles
+from posjax.kernels.tpu import pipeline, registers, relative, tables, tiles
 from posjax.kernels.tpu.counting import HALF
 from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
 from posjax.kernels.tpu.plan import LANES, Plan, Ranges, Span
@@ -31,10 +31,6 @@ from posjax.kernels.tpu.softmax import Block, add_values, save_carry, weigh
 from posjax.types import Array
 
 __all__ = ["forward"]
-
-import os
-
-ROWS = int(os.environ.get("ROWS", "128"))
 
 
 def forward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -87,13 +83,15 @@ def _scratch(plan: Plan, layout: Layout) -> dict:
     scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
     if plan.contextual is not None:
         scratch |= tables.scratch_shapes(plan) | pipeline.scratch_shapes(plan, layout.dtype)
+    if plan.relative:
+        scratch |= relative.scratch_shapes(plan, gradient=False)
     return scratch
 
 
 def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs, scratch):
     b, i, m = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     start = (layout.parts - 1 - m) * layout.part_blocks
-    block = Block(plan, inputs, scratch, start)
+    block = Block(plan, inputs, scratch, start, layout.query_blocks - 1 - i)
 
     @pl.when(m == 0)
     def _():
@@ -115,7 +113,7 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
         _leftwards(high, low, functools.partial(_tile, block, masked=True, counts=True))
         low, high = inside(span.full_first, jnp.where(right, span.full_last, span.full_first - 1))
         if plan.contextual is not None:
-            high = pipeline.count_on(block, high, low)
+            high = (_count_on if plan.relative else pipeline.count_on)(block, high, low)
         _leftwards(high, low, functools.partial(_tile, block, masked=False, counts=False))
 
     jax.lax.fori_loop(0, 2, side, None)
@@ -127,6 +125,19 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
 
 def _leftwards(high: Array, low: Array, body: Callable) -> None:
     jax.lax.fori_loop(0, high - low + 1, lambda step, _: body(high - step), None)
+
+
+def _count_on(block: Block, high: Array, low: Array) -> Array:
+    """As `pipeline.count_on`, one block after the other."""
+
+    def going_on(index):
+        return (index >= low) & ~pipeline.is_finished(block)
+
+    def step(index):
+        _tile(block, index, masked=False, counts=True)
+        return index - 1
+
+    return jax.lax.while_loop(going_on, step, high)
 
 
 def _begin(block: Block, i: Array) -> None:
@@ -154,6 +165,9 @@ def _tile(block: Block, index: Array, *, masked: bool, counts: bool) -> None:
         logits, _ = tiles.biased(block.plan, block.scratch, counted)
     else:
         logits = tiles.plain_logits(tile)
+    if block.plan.relative:
+        relative.fill(block.plan, block.inputs, block.scratch, block.after, index)
+        logits = relative.add(block.plan, block.scratch, logits)
     weights, shrink = weigh(block, tile.hide, logits)
     add_values(block, tile, registers.join(weights), shrink)
 

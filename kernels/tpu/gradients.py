@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu import counting, tiles
+from posjax.kernels.tpu import counting, relative, tiles
 from posjax.kernels.tpu.plan import LANES, LN2, Plan
 from posjax.kernels.tpu.registers import NT, TN, added, chunks, join, matmul, over_lanes
 from posjax.kernels.tpu.tiles import Chunks, Counted, Tile
@@ -37,6 +37,7 @@ class Block(NamedTuple):
     scratch: dict
     start: Array  # the first block of keys in memory
     head: Array  # number of the query head in its group
+    after: Array  # blocks of queries behind this one
 
     def tile(self, index: Array, masked: bool) -> Tile:
         """The tile of a block of keys."""
@@ -58,7 +59,12 @@ def add_tile(block: Block, index: Array, *, masked: bool, counts: bool) -> None:
         counted, _ = tiles.count(tile, _carry(block.scratch["saved"], index))
         crossings = counting.crossings(counted.places, plan.contextual.last)
     dweights = chunks(matmul(block.inputs["cotangent"][...], tile.keys("value"), NT))
+    if plan.relative:
+        relative.fill(plan, block.inputs, block.scratch, block.after, index)
     found = _gradients(block, tile, counted, dweights, crossings)
+    if plan.relative:
+        strips = block.outputs["strips"].at[block.head]
+        relative.end_gradient(plan, block.scratch, strips, block.after, index)
     for name, parts in found.items():
         if name != "weights":
             _add_products(block, tile, name, join(parts))
@@ -67,7 +73,7 @@ def add_tile(block: Block, index: Array, *, masked: bool, counts: bool) -> None:
 
 def add_counting(block: Block, low: Array, high: Array) -> None:
     """Adds the full blocks low ... high, all of which count."""
-    if block.plan.contextual.own_gate_key:
+    if block.plan.contextual.own_gate_key or block.plan.relative:
         one = lambda i, _: add_tile(block, i, masked=False, counts=True)  # noqa: E731
         jax.lax.fori_loop(low, high + 1, one, None)
         return
@@ -142,9 +148,13 @@ def _gradients(
         logits = tiles.plain_logits(tile)
     else:
         logits, slopes = tiles.biased(plan, scratch, counted)
+    if plan.relative:
+        logits = relative.add(plan, scratch, logits)
     weights = [jnp.exp2(x - scratch["lse"][...]) for x in logits]
     weights = weights if tile is None else tile.hide(weights, 0.0)
     dlogits = [w * (d - scratch["delta"][...]) for w, d in zip(weights, dweights, strict=True)]
+    if plan.relative:
+        relative.collect(plan, scratch, dlogits)
     found = {"weights": weights, "key": [x * plan.scale for x in dlogits]}
     if counted is None:
         return found

@@ -37,6 +37,7 @@ class Layout:
     value_size: int
     query_length: int
     key_length: int
+    strips: tuple[int, int] | None
     dtype: jnp.dtype
 
     @classmethod
@@ -45,7 +46,8 @@ class Layout:
         query, key, value = (inputs[name] for name in ("query", "key", "value"))
         batch, heads, length, size = query.shape
         sizes = (batch, heads, key.shape[1], size, value.shape[3], length, key.shape[2])
-        return cls(plan, *sizes, query.dtype)
+        strips = inputs["strips"].shape[2:] if plan.relative else None
+        return cls(plan, *sizes, strips, query.dtype)
 
     @property
     def groups(self) -> int:
@@ -97,6 +99,9 @@ class Layout:
             shape, index = (None, 1, rows), (own(whole[0]), None, at.query)
         elif name.startswith("key_"):
             shape, index = (None, 1, memory), (own(whole[0]), None, at.memory)
+        elif name == "strips":
+            shape = (None, None, *whole[2:])
+            index = own(whole[0]), at.head if whole[1] > 1 else None, None, None
         elif name in ("table", "gate_bias"):
             head = at.head if whole[0] > 1 else None
             shape, index = (None, *whole[1:]), (head, None, None)
@@ -142,12 +147,13 @@ class Layout:
         for name, size in sizes.items():
             shape = (self.batch, self.kv_heads, self.key_length, size)
             add(name, shape, (None, None, memory, size), at.batch, kv_head, at.memory, None)
+        heads = {"strips": self.strips} if plan.relative else {}
         if plan.contextual is not None:
-            heads = {"table": (plan.pieces * LANES, self.size)}
+            heads |= {"table": (plan.pieces * LANES, self.size)}
             heads |= {"gate_bias": (1, LANES)} if plan.contextual.gate_bias else {}
-            for name, last in heads.items():
-                shape, block = (self.batch, self.heads, *last), (None, self.groups, *last)
-                add(name, shape, block, at.batch, kv_head, None, None)
+        for name, last in heads.items():
+            shape, block = (self.batch, self.heads, *last), (None, self.groups, *last)
+            add(name, shape, block, at.batch, kv_head, None, None)
         return found
 
     def cost(self, products: int) -> pl.CostEstimate:

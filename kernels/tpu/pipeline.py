@@ -22,9 +22,9 @@ from posjax.kernels.tpu.counting import HALF
 from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.softmax import Block, add_values, save_carry, weigh
 from posjax.kernels.tpu.tiles import Counted, Tile
-from posjax.types import Array
+from posjax.types import Array, Bool
 
-__all__ = ["count_on", "scratch_shapes"]
+__all__ = ["count_on", "is_finished", "scratch_shapes"]
 
 
 def scratch_shapes(plan: Plan, dtype: jnp.dtype) -> dict:
@@ -40,11 +40,10 @@ def scratch_shapes(plan: Plan, dtype: jnp.dtype) -> dict:
 
 def count_on(block: Block, high: Array, low: Array) -> Array:
     """Adds full blocks until nothing is left to count; the block to go on with."""
-    reached = block.plan.contextual.last - HALF
     tile = functools.partial(block.tile, masked=False)
 
     def counting() -> Array:
-        return (jnp.min(block.scratch["carry"][...]) < reached).astype(jnp.int32)
+        return (~is_finished(block)).astype(jnp.int32)
 
     def step(loop):
         index, _ = loop
@@ -66,6 +65,11 @@ def count_on(block: Block, high: Array, low: Array) -> Array:
         return index
 
     return jax.lax.cond((high >= low) & (counting() == 1), pipeline, lambda _: high, None)
+
+
+def is_finished(block: Block) -> Bool[Array, ""]:
+    """Whether every query has counted to the end of the table."""
+    return jnp.min(block.scratch["carry"][...]) >= block.plan.contextual.last - HALF
 
 
 def _count_and_hold(block: Block, tile: Tile, index: Array) -> None:

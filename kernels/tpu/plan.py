@@ -52,7 +52,8 @@ class Contextual:
 class Plan:
     """Everything static about one call; arrays are padded to whole blocks.
 
-    `queries` is the number of real queries; those behind it are padding.
+    `queries` is the number of real queries; those behind it are padding. `relative` tells whether
+    there is a bias of the distance, see `relative`.
     """
 
     scale: float
@@ -62,6 +63,7 @@ class Plan:
     window: tuple[int, int] | None
     segments: bool
     contextual: Contextual | None
+    relative: bool = False
 
     @property
     def restricted(self) -> bool:

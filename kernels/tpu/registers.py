@@ -96,6 +96,6 @@ def lane_gather(x: Num[Array, "t 128"], index: Int[Array, "t 128"]) -> Num[Array
     )
 
 
-def rolled(x: Num[Array, "t width"], shift: int) -> Num[Array, "t width"]:
+def rolled(x: Num[Array, "t width"], shift: int | Int[Array, ""]) -> Num[Array, "t width"]:
     """Entries moved to `shift` lanes further, in a circle."""
     return pltpu.roll(x, shift, 1)

@@ -23,6 +23,7 @@ class Block(NamedTuple):
     inputs: dict
     scratch: dict
     start: Array  # the first block of keys in memory
+    after: Array  # blocks of queries behind this one
 
     def tile(self, index: Array, masked: bool) -> Tile:
         """The tile of a block of keys."""

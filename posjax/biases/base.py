@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from posjax.types import Array, Bool, Float, Num, PyTree
+from posjax.types import Array, Bool, Float, Int, Num, PyTree
 
 __all__ = ["ArrayBias", "Bias", "BiasSum", "RelativeBias", "Tile", "as_bias"]
 
@@ -169,6 +169,13 @@ class Bias(abc.ABC):
         """`others`, with `function(array, axis of the heads)` for the fields that have one."""
         return others
 
+    def own_heads(self, part: Int[Array, ""], parts: int) -> Self:
+        """What `map_heads` could not split: the description of one of `parts` parts of the heads.
+
+        Called on the device that has the part, for what `can_split_heads`.
+        """
+        return self
+
     def _with_fields(self, function: Callable[..., Array]) -> Self:
         """A copy with `function(value, query axis, key axis)` applied to each field in `axes`."""
         values = {name: getattr(self, name) for name in self.axes}
@@ -234,6 +241,8 @@ class RelativeBias(Bias):
         query_positions: positions to use instead of those of the attention call, [B or 1, T]; no
             gradient.
         key_positions: likewise, [B or 1, S].
+        distance_only: whether the function depends on the difference of the two positions alone,
+            query position - key position. The TPU kernels ask for it.
 
     >>> def distance(slope, i, j):
     ...     return -slope * (i[:, None, :, None] - j[:, None, None, :])
@@ -244,6 +253,7 @@ class RelativeBias(Bias):
     params: PyTree = None
     query_positions: Num[Array, "#B T"] | None = None
     key_positions: Num[Array, "#B S"] | None = None
+    distance_only: bool = dataclasses.field(default=False, metadata={"static": True})
     axes: ClassVar = {"query_positions": (1, None), "key_positions": (None, 1)}
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
@@ -270,11 +280,38 @@ class RelativeBias(Bias):
                 f"[1, N, 1, 1] with N = {query.shape[2]} query heads."
             )
 
+    def can_split_heads(self, parts):
+        """The function gives all heads, of which `own_heads` takes some."""
+        return True
+
+    def own_heads(self, part, parts):
+        """The same function, cut."""
+        return dataclasses.replace(
+            self, function=_SomeHeads(self.function, parts), params=(self.params, part)
+        )
+
     def _evaluate(self, query_positions: Array, key_positions: Array) -> Array:
         own_query, own_key = self.query_positions, self.key_positions
         query_positions = query_positions if own_query is None else own_query
         key_positions = key_positions if own_key is None else own_key
         return self.function(self.params, query_positions, key_positions).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SomeHeads:
+    """One of `parts` equal parts of the heads of a function for `RelativeBias`."""
+
+    function: Callable[..., Array]
+    parts: int
+
+    def __call__(self, params: PyTree, query_positions: Array, key_positions: Array) -> Array:
+        """`params` are those of the function, and the number of the part."""
+        inner, part = params
+        found = self.function(inner, query_positions, key_positions)
+        if found.shape[1] == 1:
+            return found
+        size = found.shape[1] // self.parts
+        return jax.lax.dynamic_slice_in_dim(found, part * size, size, axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -353,6 +390,19 @@ class BiasSum(Bias):
     def map_axes(self, on_axes, elsewhere):
         """Each part mapped."""
         return BiasSum(tuple(part.map_axes(on_axes, elsewhere) for part in self.parts))
+
+    def can_split_heads(self, parts):
+        """Whether all parts can."""
+        return all(part.can_split_heads(parts) for part in self.parts)
+
+    def map_heads(self, function, others):
+        """Each part mapped."""
+        pairs = zip(self.parts, others.parts, strict=True)
+        return BiasSum(tuple(part.map_heads(function, other) for part, other in pairs))
+
+    def own_heads(self, part, parts):
+        """Each part's own heads."""
+        return BiasSum(tuple(one.own_heads(part, parts) for one in self.parts))
 
     def add_block(self, part, query_start, key_start):
         """Each part's gradients added."""

@@ -104,4 +104,4 @@ class ALiBi(PositionEncoding):
     def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
         """The linear bias for query's heads."""
         function = LinearDistance(alibi_slopes(query.shape[2]), self.left_bonus)
-        return RelativeBias(function, None, query_indices, key_indices)
+        return RelativeBias(function, None, query_indices, key_indices, distance_only=True)

@@ -118,7 +118,9 @@ class Huang(PositionEncoding):
             return terms
         self._refuse_known(query_indices, key_indices)
         function = NothingBeyond(self.max_distance)
-        return BiasSum((terms, RelativeBias(function, None, query_indices, key_indices)))
+        return BiasSum(
+            (terms, RelativeBias(function, None, query_indices, key_indices, distance_only=True))
+        )
 
     @nn.compact
     def _terms(self, query, key, query_indices, key_indices):

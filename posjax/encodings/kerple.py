@@ -118,7 +118,9 @@ class KERPLE(PositionEncoding):
         if self.share_layers:
             check_shared("KERPLE", shared)
         params = shared if self.share_layers else self._parameters(query.shape[2])
-        return RelativeBias(KernelDistance(self.kind), params, query_indices, key_indices)
+        return RelativeBias(
+            KernelDistance(self.kind), params, query_indices, key_indices, distance_only=True
+        )
 
     @nn.compact
     def _parameters(self, heads: int) -> tuple[Float[Array, "N"], Float[Array, "N"]]:

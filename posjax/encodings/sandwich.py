@@ -88,4 +88,4 @@ class Sandwich(PositionEncoding):
         heads = query.shape[2]
         ratios = tuple(8 * head / heads for head in range(1, heads + 1))
         function = CosineSum(ratios, self.width, self.base)
-        return RelativeBias(function, None, query_indices, key_indices)
+        return RelativeBias(function, None, query_indices, key_indices, distance_only=True)

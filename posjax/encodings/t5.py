@@ -136,7 +136,7 @@ class T5Bias(PositionEncoding):
             check_shared("T5Bias", shared)
         table = shared if self.share_layers else self._table(query.shape[2])
         function = BucketTable(self.num_buckets, self.max_distance, self.bidirectional)
-        return RelativeBias(function, table, query_indices, key_indices)
+        return RelativeBias(function, table, query_indices, key_indices, distance_only=True)
 
     @nn.compact
     def _table(self, heads: int) -> Float[Array, "P N"]:

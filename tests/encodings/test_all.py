@@ -259,6 +259,24 @@ def test_both_directions_work_or_are_refused(name):
 
 
 @every
+def test_a_bias_of_the_distance_only_is_one(name, monkeypatch):
+    """Moving all positions changes nothing, as the kernels for distances take for granted."""
+    seen = []
+    monkeypatch.setitem(globals(), "dot_product_attention", lambda *x, **_: seen.append(x) or x[0])
+    module = Scores(registry.create(name).layer(0, 2))
+    x = jnp.ones((BATCH, LENGTH, 16))
+    jax.eval_shape(lambda: module.init(jax.random.key(0), x, TOKENS, True))
+    bias = seen[0][3]
+    for part in getattr(bias, "parts", [bias]):
+        if getattr(part, "distance_only", False):
+            random = functools.partial(jax.random.normal, jax.random.key(1))
+            params = jax.tree.map(lambda x: random(jnp.shape(x)), part.params)  # noqa: B023
+            i, j = jnp.array([[7, 2, 5]]), jnp.array([[0, 3, 5, 9]])
+            want = part.function(params, i, j)
+            np.testing.assert_array_equal(part.function(params, i + 100, j + 100), want)
+
+
+@every
 def test_far_positions_do_what_the_encoding_says(name):
     """The second half of the tokens moves far away, twice."""
     far = [

@@ -15,11 +15,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-import posjax.kernels.blocks
+import posjax
 import posjax.kernels.tpu.attention
 from posjax.kernels.blocks import TpuBlocks
 from tests import tolerances
-from tests.cases import Case, arrays, dense_narrow, run, run_with_gradients
+from tests.cases import Case, arrays, dense_narrow, linear, run, run_with_gradients
 
 # Two registers of keys in a block, two blocks in memory, and up to three parts of the keys.
 BLOCKS = TpuBlocks(query=128, key=256, memory=512)
@@ -28,7 +28,7 @@ CASE = Case(bias="cope", batch=1, queries=300, keys=300, heads=2, kv_heads=1, po
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(posjax.kernels.blocks, "tpu_sizes", lambda queries, keys: BLOCKS)
+    monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: BLOCKS)
 
 
 @pytest.fixture
@@ -96,6 +96,10 @@ def _matrix():
     yield from (("cope", name) for name in RESTRICTED)
     yield from (("none", name) for name in ("causal", "two-sided window", "everything"))
     yield from (
+        ("relative", name) for name in ("causal", "grouped heads", "bidirectional", "everything")
+    )
+    yield from (("cope + relative", name) for name in ("causal", "everything"))
+    yield from (
         ("cope per head", name) for name in ("grouped heads", "bidirectional", "everything")
     )
 
@@ -137,7 +141,7 @@ def test_tables_of_any_size(positions):
 def test_long_walks_through_the_pipelines(gate_bias, positions, monkeypatch):
     """Five full blocks one after the other, in two parts; few counts in a block, and many."""
     sizes = TpuBlocks(128, 256, 768, rows=64)
-    monkeypatch.setattr(posjax.kernels.blocks, "tpu_sizes", lambda queries, keys: sizes)
+    monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
     case = dataclasses.replace(CASE, positions=positions, queries=100, keys=1380, offset=True)
     inputs, params = problem(case)
     compare(case, inputs, params | {"gate_bias": jnp.float32(gate_bias)})
@@ -220,6 +224,53 @@ def test_the_walk_stops_at_saturation():
         np.testing.assert_array_equal(got, want)
 
 
+PLACES = np.arange(300)[None]
+# Positions of queries and keys, segments, and whether they are regular.
+OWN_POSITIONS = {
+    "an offset for each row": (PLACES + np.array([[5], [90]]), PLACES, None, True),
+    "segments": (PLACES % 50, PLACES % 50, PLACES // 50, True),
+    "gaps": (PLACES + PLACES // 7, PLACES + PLACES // 7, None, False),
+    "a segment twice": (PLACES % 100, PLACES % 100, PLACES // 100 % 2, False),
+    "a gap in a segment": (PLACES % 50, PLACES % 50, PLACES // 100, False),
+    "unlike segments": (PLACES % 50, PLACES % 50 + PLACES // 50, PLACES // 50, False),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("name", OWN_POSITIONS)
+def test_positions_of_a_relative_bias(name, jitted, monkeypatch, plain_interpreter):
+    """By the kernels where positions rise by one, seen when it runs, and else in another way."""
+    *own, ids, regular = OWN_POSITIONS[name]
+    case = dataclasses.replace(CASE, batch=2, bias="relative")
+    inputs, params = problem(case)
+    settings = {} if ids is None else {"query_segment_ids": jnp.asarray(ids)}
+
+    def loss(inputs, params, own, implementation):
+        bias = posjax.RelativeBias(bent, params["slopes"], *own, distance_only=True)
+        return jnp.sum(
+            jnp.sin(
+                posjax.dot_product_attention(
+                    **inputs, bias=bias, is_causal=True, implementation=implementation, **settings
+                )
+            )
+        )
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    gradient = jax.jit(gradient, static_argnums=3) if jitted else gradient
+    assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-4)
+    want = gradient(inputs, params, own, "reference")
+    if not jitted:  # the other way is not even traced
+        name = "blockwise.attention" if regular else "_by_kernels"
+        monkeypatch.setattr(f"posjax.kernels.tpu.attention.{name}", pytest.fail)
+    assert_close(gradient(inputs, params, own, "tpu"), want)
+
+
+def bent(slopes, query_positions, key_positions):
+    """Another value at every distance, not a straight line: softmax would not see its shifts."""
+    distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+    return -slopes[None, :, None, None] * jnp.abs(distance + 3).astype(jnp.float32) ** 0.8
+
+
 def test_vmap_and_checkpoint(plain_interpreter):
     case = dataclasses.replace(CASE, queries=130, keys=130)
     problems = [arrays(case, seed)[0] for seed in range(2)]
@@ -232,7 +283,7 @@ def test_vmap_and_checkpoint(plain_interpreter):
         chex.assert_trees_all_close(one, jax.grad(loss)(inputs), atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", ["none", "cope", "cope per head"])
+@pytest.mark.parametrize("bias", ["none", "cope", "cope per head", "cope + relative"])
 def test_sharded_over_batch_and_heads_equals_unsharded(bias):
     case = dataclasses.replace(
         CASE, bias=bias, batch=2, heads=4, kv_heads=2, queries=130, keys=130, segments=True
@@ -247,15 +298,17 @@ def test_sharded_over_batch_and_heads_equals_unsharded(bias):
     chex.assert_trees_all_close(got, want, rtol=0, atol=tolerances.GRADIENT["float32"])
 
 
-def test_chunked_prefill_equals_all_at_once():
+@pytest.mark.parametrize("bias", ["cope", "relative"])
+def test_chunked_prefill_equals_all_at_once(bias):
     """Queries in two chunks, each with the keys known by then."""
-    inputs, params = problem(CASE)
-    whole = run(CASE, inputs, params, "tpu")
+    case = dataclasses.replace(CASE, bias=bias)
+    inputs, params = problem(case)
+    whole = run(case, inputs, params, "tpu")
     for start, stop in ((0, 140), (140, 300)):
         known = {name: x[:, :stop] for name, x in inputs.items()}
         known["query"] = inputs["query"][:, start:stop]
         places = jnp.arange(start, stop)
-        part = run(CASE, known, params, "tpu", query_positions=places)
+        part = run(case, known, params, "tpu", query_positions=places)
         np.testing.assert_allclose(part, whole[:, start:stop], atol=1e-5)
 
 
@@ -263,7 +316,7 @@ UNSUPPORTED = {
     "float16": (dataclasses.replace(CASE, dtype="float16"), "float16"),
     "mask array": (dataclasses.replace(CASE, mask=True), "mask array"),
     "array": (dataclasses.replace(CASE, bias="array"), "ArrayBias"),
-    "relative": (dataclasses.replace(CASE, bias="relative"), "RelativeBias"),
+    "running state": (dataclasses.replace(CASE, bias="forgetting"), "ForgettingBias"),
 }
 
 
@@ -272,6 +325,21 @@ def test_what_it_cannot_do_is_named_with_the_alternative(name):
     case, words = UNSUPPORTED[name]
     with pytest.raises(NotImplementedError, match=rf'{words}.*use implementation="xla"'):
         run(case, *problem(case), "tpu")
+
+
+def test_a_relative_bias_of_more_than_the_distance_is_named():
+    case = dataclasses.replace(CASE, bias="relative")
+    inputs, params = problem(case)
+    bias = posjax.RelativeBias(linear, params["slopes"])
+    with pytest.raises(NotImplementedError, match=r"distance_only.*linear"):
+        posjax.dot_product_attention(**inputs, bias=bias, implementation="tpu")
+
+
+def test_blocks_that_do_not_fit_a_relative_bias(monkeypatch):
+    sizes = TpuBlocks(128, 384, 768)
+    monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
+    with pytest.raises(ValueError, match="key=384"):
+        check(dataclasses.replace(CASE, bias="relative"))
 
 
 @pytest.mark.parametrize(

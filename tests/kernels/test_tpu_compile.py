@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 
 import posjax
-import posjax.kernels.blocks
+import posjax.kernels.tpu.attention
 from posjax.encodings import CoPE
 from posjax.kernels.blocks import TpuBlocks
 from posjax.models import Transformer, TransformerConfig
@@ -22,7 +22,7 @@ CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 def small_blocks(monkeypatch):
     """Each tile is written out, so small ones compile in seconds."""
     sizes = TpuBlocks(128, 256, 512)
-    monkeypatch.setattr(posjax.kernels.blocks, "tpu_sizes", lambda queries, keys: sizes)
+    monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
 
 
 def abstract_device(topology):
@@ -61,6 +61,36 @@ def test_compiles_for_every_generation(chip, small_blocks):
     topology = aot.tpu_topology(chip)
     with abstract_device(topology):
         executable = aot.compiled(gradient, topology, *arguments(1024))
+    assert executable.as_text().count("posjax_attention_") >= 2
+
+
+def linear(slopes, query_positions, key_positions):
+    distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+    return -slopes[:, None, None] * jnp.abs(distance).astype(jnp.float32)
+
+
+def relative_gradient(query, key, value, table, slopes):
+    """With positions that are known when it runs, so that the program holds both ways."""
+    bias = posjax.RelativeBias(linear, slopes, distance_only=True)
+    bias = bias if table is None else posjax.BiasSum((posjax.ContextualBias(table), bias))
+    loss = lambda bias: jnp.sum(  # noqa: E731
+        posjax.dot_product_attention(
+            query, key, value, bias, is_causal=True, implementation="tpu"
+        ).astype(jnp.float32)
+    )
+    return jax.grad(loss)(bias)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_relative_biases_compile(chip, small_blocks):
+    """Also added to CoPE, on one of the chips."""
+    topology = aot.tpu_topology(chip)
+    *inputs, table = arguments(1024)
+    table = table if chip.startswith("v6e") else None
+    slopes = jax.ShapeDtypeStruct((2,), jnp.float32)
+    with abstract_device(topology):
+        executable = aot.compiled(relative_gradient, topology, *inputs, table, slopes)
     assert executable.as_text().count("posjax_attention_") >= 2
 
 

@@ -1,0 +1,173 @@
+"""Biases that depend on the distance alone, in tiles: ALiBi, T5, KERPLE, ...
+
+Where positions rise by one from token to token, a tile's bias is constant along its diagonals. With
+keys interleaved (see `plan.interleave`) a tile needs few numbers: chunk c of it is a window of
+
+    band[w, l] = bias at distance  w - C l + a constant of the tile          rows C - 1 - c, ...
+
+so one array of t + C rows and one register's width holds the whole tile of t x 128 C, and a chunk
+costs a load and an addition. Rows of the band that are C apart are the same numbers moved by one
+lane, so the bands of all tiles are cut out of one small array of all distances,
+
+    strips[p, x] = bias at distance  p + 1 - C x + a constant                C rows
+
+which XLA makes from the bias's function; the gradient of the strips goes back to it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from posjax.biases.base import RelativeBias
+from posjax.kernels.blocks import TpuBlocks
+from posjax.kernels.tpu.plan import LANES, LN2, LOG2E, Plan
+from posjax.kernels.tpu.registers import chunks, join, rolled
+from posjax.masks import Mask
+from posjax.types import Array, Bool, Float, Int
+
+__all__ = [
+    "add",
+    "collect",
+    "end_gradient",
+    "fill",
+    "fits",
+    "is_regular",
+    "scratch_shapes",
+    "strips",
+]
+
+# Registers of the strips that a band is cut out of.
+_CUT = 3 * LANES
+
+
+def fits(blocks: TpuBlocks) -> bool:
+    """Whether a band of these blocks can be cut out of three registers."""
+    return blocks.query % (blocks.key // LANES) == 0 and blocks.query <= blocks.key
+
+
+def is_regular(bias: RelativeBias, mask: Mask) -> Bool[Array, ""]:
+    """Whether the distances of all visible pairs are those of their places in memory, and a shift.
+
+    So it is where positions rise by one throughout, and in packed sequences where they do so in
+    each segment, from the same position in queries and keys.
+    """
+    query, key = _positions(bias, mask)
+    query, key = (x - jnp.arange(x.shape[1])[None] for x in (query, key))
+    steady = jnp.all(query == query[:, :1]) & jnp.all(key == key[:, :1])
+    ids, others = mask.query.segment_ids, mask.key.segment_ids
+    if ids is None or ids.shape != others.shape or query.shape[1] != key.shape[1]:
+        return steady
+    runs, kinds = (jnp.sum(x[:, 1:] != x[:, :-1], axis=1) for x in (ids, jnp.sort(ids, axis=1)))
+    inside = ids[:, 1:] == ids[:, :-1]
+    packed = jnp.all(ids == others) & jnp.all(runs == kinds) & jnp.all(query == key)
+    return steady | (packed & jnp.all(~inside | (query[:, 1:] == query[:, :-1])))
+
+
+def _positions(bias: RelativeBias, mask: Mask) -> tuple[Array, Array]:
+    query, key = bias.query_positions, bias.key_positions
+    return (
+        mask.query.positions if query is None else query,
+        mask.key.positions if key is None else key,
+    )
+
+
+def strips(
+    biases: list[RelativeBias], mask: Mask, plan: Plan, queries: int, keys: int
+) -> Float[Array, "#B #N C x"]:
+    """The sum of the biases at all distances, in units of ln 2.
+
+    Args:
+        mask: of the real tokens, for their positions.
+        queries: number of queries with padding; `keys` likewise.
+    """
+    count = plan.chunks
+    width = -(-(queries + keys) // count // LANES) * LANES + _CUT - LANES
+    row, lane = jnp.arange(count)[:, None], jnp.arange(width)[None, :]
+    places = queries - count * (1 + lane) + row + 1
+    # Beyond the real tokens nothing is visible, and a function need not be defined.
+    places = jnp.clip(places, 1 - mask.key.length, mask.query.length - 1).reshape(1, -1)
+
+    def one(bias: RelativeBias) -> Array:
+        query, key = _positions(bias, mask)
+        packed = jnp.any(query[:, 1:] - query[:, :-1] != 1, axis=1, keepdims=True)
+        shift = jnp.where(packed, 0, query[:, :1] - key[:, :1])
+        origin = jnp.zeros((1, 1), shift.dtype)
+        found = bias.function(bias.params, places + shift, origin).astype(jnp.float32)
+        return found.reshape(*found.shape[:2], count, width)
+
+    return sum(map(one, biases)) * LOG2E
+
+
+def scratch_shapes(plan: Plan, gradient: bool) -> dict:
+    """The band of a tile, and its gradient."""
+    shape = pltpu.VMEM((plan.blocks.query + plan.chunks, LANES), jnp.float32)
+    return dict.fromkeys(("band", "dband") if gradient else ("band",), shape)
+
+
+def _where(plan: Plan, blocks_after: Array, index: Array) -> tuple[pl.Slice, Array]:
+    """The strips' lanes that a tile needs, and by how many they are off a register's border.
+
+    Args:
+        blocks_after: blocks of queries behind the tile's.
+        index: number of the tile's block of keys.
+    """
+    first = plan.blocks.query // plan.chunks * blocks_after + LANES * index
+    start = pl.multiple_of(first // LANES * LANES, LANES)
+    return pl.ds(start, _CUT), first % LANES
+
+
+def fill(plan: Plan, inputs: dict, scratch: dict, blocks_after: Array, index: Array) -> None:
+    """Cuts out the band of a tile."""
+    lanes, shift = _where(plan, blocks_after, index)
+    low, high, _ = chunks(rolled(inputs["strips"][:, lanes], (_CUT - shift) % _CUT))
+    lane = jax.lax.broadcasted_iota(jnp.int32, low.shape, 1)
+    for rows, offset in _groups(plan):
+        if offset == 0 or offset == LANES:
+            scratch["band"][rows, :] = high if offset else low
+            continue
+        moved = [rolled(x, LANES - offset) for x in (low, high)]
+        scratch["band"][rows, :] = jnp.where(lane < LANES - offset, *moved)
+
+
+def _groups(plan: Plan) -> list[tuple[slice, int]]:
+    """Each C rows of a band, and how many lanes from the start of the cut they begin."""
+    count, groups = plan.chunks, plan.blocks.query // plan.chunks + 1
+    return [(slice(m * count, (m + 1) * count), groups - 1 - m) for m in range(groups)]
+
+
+def _windows(plan: Plan) -> list[slice]:
+    """The rows of the band that are each chunk's."""
+    count, rows = plan.chunks, plan.blocks.query
+    return [slice(count - 1 - c, count - 1 - c + rows) for c in range(count)]
+
+
+def add(plan: Plan, scratch: dict, logits: list[Array]) -> list[Array]:
+    """Logits, in units of ln 2, with the bias of the band."""
+    return [x + scratch["band"][rows, :] for x, rows in zip(logits, _windows(plan), strict=True)]
+
+
+def collect(plan: Plan, scratch: dict, dlogits: list[Array]) -> None:
+    """Makes the gradient of the band from that of the tile's logits."""
+    scratch["dband"][...] = jnp.zeros(scratch["dband"].shape, jnp.float32)
+    for x, rows in zip(dlogits, _windows(plan), strict=True):
+        scratch["dband"][rows, :] += x
+
+
+def end_gradient(
+    plan: Plan, scratch: dict, dstrips, blocks_after: Array, index: Int[Array, ""]
+) -> None:
+    """Adds the gradient of the band to `dstrips`, which can be written, where `fill` cut it out."""
+    low = jnp.zeros((plan.chunks, LANES), jnp.float32)
+    high, lane = low, jax.lax.broadcasted_iota(jnp.int32, low.shape, 1)
+    for rows, offset in _groups(plan):
+        part = scratch["dband"][rows, :]
+        if offset == 0 or offset == LANES:
+            low, high = (low, high + part) if offset else (low + part, high)
+            continue
+        moved = rolled(part, offset)
+        low = low + jnp.where(lane >= offset, moved, 0.0)
+        high = high + jnp.where(lane < offset, moved, 0.0)
+    lanes, shift = _where(plan, blocks_after, index)
+    whole = join([low, high, jnp.zeros_like(low)])
+    dstrips[:, lanes] += rolled(whole, shift) * LN2
