@@ -62,7 +62,7 @@ def _ours(problem: Problem, sizes: tuple[int, ...], bias: str):
 def _linear(slopes: Array, query_positions: Array, key_positions: Array) -> Array:
     """ALiBi with slopes that train."""
     distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
-    return -slopes[:, None, None] * jnp.abs(distance).astype(jnp.float32)
+    return -slopes[None, :, None, None] * jnp.abs(distance).astype(jnp.float32)
 
 
 def _theirs(problem: Problem, sizes: tuple[int, ...], make: Callable, causal: bool):

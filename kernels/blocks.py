@@ -63,10 +63,10 @@ class TpuBlocks:
 # Generation -> sizes with the fewest bundles for each pair of query and key, in the schedules of
 # benchmarks/tpu_schedule.py; without a TPU those of v6e.
 _FASTEST = {
-    4: TpuBlocks(128, 384, 1152),
-    5: TpuBlocks(256, 1536, 7680, rows=64),
-    6: TpuBlocks(512, 1536, 7680),
-    7: TpuBlocks(256, 1536, 7680),
+    4: TpuBlocks(128, 512, 1024, rows=16),
+    5: TpuBlocks(256, 2048, 8192, rows=16),
+    6: TpuBlocks(512, 2048, 8192, rows=16),
+    7: TpuBlocks(256, 2048, 8192, rows=16),
 }
 
 
@@ -85,7 +85,7 @@ def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
     fastest = fastest_tpu_sizes()
     query = min(fastest.query, _rounded(queries, 128))
     # Of the sizes that pad least the largest; padding is work too.
-    sizes = [size for size in (1536, 1024, 768, 512, 384, 256, 128) if size <= fastest.key]
+    sizes = [size for size in (2048, 1536, 1024, 768, 512, 384, 256, 128) if size <= fastest.key]
     if relative:
         sizes = [size for size in sizes if size >= query and size & (size - 1) == 0]
     key = min(sizes, key=lambda size: _rounded(keys, size) * (1 + 64 / size))

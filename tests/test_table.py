@@ -59,7 +59,7 @@ def test_papers(rows):
 
 def test_an_implementation_that_refuses_is_not_listed(rows):
     assert rows["cope"].implementations == ("reference", "xla", "tpu")
-    assert rows["alibi"].implementations == ("reference", "xla")
+    assert rows["fire"].implementations == ("reference", "xla")
 
 
 def test_prints_json_too(capsys, monkeypatch, rows):

@@ -11,7 +11,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.tpu.plan import LANES
-from posjax.kernels.tpu.registers import added, join, lane_gather, last_lane, matmul, rolled
+from posjax.kernels.tpu.registers import (
+    added,
+    first_lane,
+    join,
+    lane_gather,
+    last_lane,
+    matmul,
+    rolled,
+)
 from posjax.types import Array, Float, Int, Num
 
 __all__ = [
@@ -91,8 +99,7 @@ def places(
     for one in reversed(gates):
         running = running + one
         found.append(running)
-    first_lane = jnp.broadcast_to(running[:, :1], running.shape)
-    return found[::-1], first_lane
+    return found[::-1], first_lane(running)
 
 
 def prefixes(

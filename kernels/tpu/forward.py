@@ -15,7 +15,6 @@ left. Logits and their log-sum-exp are in units of ln 2.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -110,34 +109,33 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
             jnp.where(right, span.full_last + 1, span.first),
             jnp.where(right, span.last, span.full_first - 1),
         )
-        _leftwards(high, low, functools.partial(_tile, block, masked=True, counts=True))
-        low, high = inside(span.full_first, jnp.where(right, span.full_last, span.full_first - 1))
-        if plan.contextual is not None:
-            high = (_count_on if plan.relative else pipeline.count_on)(block, high, low)
-        _leftwards(high, low, functools.partial(_tile, block, masked=False, counts=False))
+        full_low, full_high = inside(
+            span.full_first, jnp.where(right, span.full_last, span.full_first - 1)
+        )
+        more = lambda index: (  # noqa: E731
+            right & (index >= full_low) & pipeline.is_not_for(block) & ~pipeline.is_finished(block)
+        )
+        more = more if plan.contextual is not None else lambda index: False
+        tile = functools.partial(_tile, block)
+        index = jax.lax.while_loop(
+            lambda index: (index >= low) | more(index),
+            lambda index: tile(index, masked=True, counts=True),
+            high,
+        )
+        full_high = jnp.minimum(full_high, index)
+        if plan.contextual is not None and not plan.relative:
+            full_high = pipeline.count_on(block, full_high, full_low)
+        jax.lax.while_loop(
+            lambda index: index >= full_low,
+            lambda index: tile(index, masked=False, counts=False),
+            full_high,
+        )
 
     jax.lax.fori_loop(0, 2, side, None)
 
     @pl.when(m == layout.parts - 1)
     def _():
         _finish(block, outputs)
-
-
-def _leftwards(high: Array, low: Array, body: Callable) -> None:
-    jax.lax.fori_loop(0, high - low + 1, lambda step, _: body(high - step), None)
-
-
-def _count_on(block: Block, high: Array, low: Array) -> Array:
-    """As `pipeline.count_on`, one block after the other."""
-
-    def going_on(index):
-        return (index >= low) & ~pipeline.is_finished(block)
-
-    def step(index):
-        _tile(block, index, masked=False, counts=True)
-        return index - 1
-
-    return jax.lax.while_loop(going_on, step, high)
 
 
 def _begin(block: Block, i: Array) -> None:
@@ -156,8 +154,8 @@ def _begin(block: Block, i: Array) -> None:
     tiles.fill_tables(plan, inputs, scratch)
 
 
-def _tile(block: Block, index: Array, *, masked: bool, counts: bool) -> None:
-    """Adds one block of keys."""
+def _tile(block: Block, index: Array, *, masked: bool, counts: bool) -> Array:
+    """Adds one block of keys; the block on its left."""
     tile = block.tile(index, masked)
     if counts and block.plan.contextual is not None:
         save_carry(block.scratch, index)
@@ -170,6 +168,7 @@ def _tile(block: Block, index: Array, *, masked: bool, counts: bool) -> None:
         logits = relative.add(block.plan, block.scratch, logits)
     weights, shrink = weigh(block, tile.hide, logits)
     add_values(block, tile, registers.join(weights), shrink)
+    return index - 1
 
 
 def _finish(block: Block, outputs: dict) -> None:

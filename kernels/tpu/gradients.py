@@ -145,12 +145,12 @@ def _gradients(
     """
     plan, scratch = block.plan, block.scratch
     if counted is None:
-        logits = tiles.plain_logits(tile)
+        logits = [x - scratch["lse"][...] for x in tiles.plain_logits(tile)]
     else:
-        logits, slopes = tiles.biased(plan, scratch, counted)
+        logits, slopes = tiles.biased(plan, scratch, counted, base=scratch["lse"][...])
     if plan.relative:
         logits = relative.add(plan, scratch, logits)
-    weights = [jnp.exp2(x - scratch["lse"][...]) for x in logits]
+    weights = [jnp.exp2(x) for x in logits]
     weights = weights if tile is None else tile.hide(weights, 0.0)
     dlogits = [w * (d - scratch["delta"][...]) for w, d in zip(weights, dweights, strict=True)]
     if plan.relative:

@@ -16,6 +16,10 @@ __all__ = [
     "TN",
     "added",
     "chunks",
+    "first_lane",
+    "held",
+    "held_shape",
+    "hold",
     "join",
     "lane_gather",
     "last_lane",
@@ -74,6 +78,11 @@ def rows_of(x: Num[Array, "1 t"]) -> Num[Array, "t 128"]:
     return jnp.transpose(jnp.broadcast_to(x, (LANES, x.shape[1])))
 
 
+def first_lane(x: Float[Array, "t 128"]) -> Float[Array, "t 128"]:
+    """The first lane, in every lane."""
+    return jnp.broadcast_to(x[:, :1], x.shape)
+
+
 def last_lane(x: Float[Array, "t 128"]) -> Float[Array, "t 128"]:
     """The last lane, in every lane."""
     return jnp.broadcast_to(x[:, LANES - 1 :], x.shape)
@@ -94,6 +103,27 @@ def lane_gather(x: Num[Array, "t 128"], index: Int[Array, "t 128"]) -> Num[Array
         slice_sizes=(1, 1),
         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )
+
+
+def held_shape(rows: int, columns: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    """What `hold` makes of an array."""
+    if dtype == jnp.bfloat16:
+        return jax.ShapeDtypeStruct((rows // 2, columns), jnp.int32)
+    return jax.ShapeDtypeStruct((rows, columns), dtype)
+
+
+def hold(x: Float[Array, "t s"], dtype: jnp.dtype) -> Num[Array, "rows s"]:
+    """An array rounded to a dtype; two rows of bfloat16 in a word, as they lie in registers.
+
+    In memory two registers of bfloat16 would lie half in half, and take two loads each.
+    """
+    x = x.astype(dtype)
+    return pltpu.bitcast(x, jnp.int32) if dtype == jnp.bfloat16 else x
+
+
+def held(x: Num[Array, "rows s"], dtype: jnp.dtype) -> Num[Array, "t s"]:
+    """The inverse of `hold`."""
+    return pltpu.bitcast(x, dtype) if dtype == jnp.bfloat16 else x
 
 
 def rolled(x: Num[Array, "t width"], shift: int | Int[Array, ""]) -> Num[Array, "t width"]:

@@ -122,12 +122,14 @@ def fill(plan: Plan, inputs: dict, scratch: dict, blocks_after: Array, index: Ar
     lanes, shift = _where(plan, blocks_after, index)
     low, high, _ = chunks(rolled(inputs["strips"][:, lanes], (_CUT - shift) % _CUT))
     lane = jax.lax.broadcasted_iota(jnp.int32, low.shape, 1)
-    for rows, offset in _groups(plan):
+
+    def moved(offset: int) -> Array:
         if offset == 0 or offset == LANES:
-            scratch["band"][rows, :] = high if offset else low
-            continue
-        moved = [rolled(x, LANES - offset) for x in (low, high)]
-        scratch["band"][rows, :] = jnp.where(lane < LANES - offset, *moved)
+            return high if offset else low
+        parts = (rolled(x, LANES - offset) for x in (low, high))
+        return jnp.where(lane < LANES - offset, *parts)
+
+    scratch["band"][...] = jnp.concatenate([moved(offset) for _, offset in _groups(plan)])
 
 
 def _groups(plan: Plan) -> list[tuple[slice, int]]:
@@ -160,8 +162,9 @@ def end_gradient(
     """Adds the gradient of the band to `dstrips`, which can be written, where `fill` cut it out."""
     low = jnp.zeros((plan.chunks, LANES), jnp.float32)
     high, lane = low, jax.lax.broadcasted_iota(jnp.int32, low.shape, 1)
+    dband = scratch["dband"][...]
     for rows, offset in _groups(plan):
-        part = scratch["dband"][rows, :]
+        part = dband[rows]
         if offset == 0 or offset == LANES:
             low, high = (low, high + part) if offset else (low + part, high)
             continue

@@ -14,6 +14,7 @@ Packed: the counts of three neighbouring keys lie within one of the middle one's
 the middle one serves all; the others add what the slope changes by at the next row.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.tpu.plan import LANES, Plan
-from posjax.kernels.tpu.registers import chunks, lane_gather, rolled
+from posjax.kernels.tpu.registers import chunks, lane_gather, over_lanes, rolled
 from posjax.types import Array, Float, Int, Num
 
 __all__ = ["Found", "fill", "look_up", "scratch_shapes"]
@@ -44,44 +45,47 @@ class Found(NamedTuple):
 def scratch_shapes(plan: Plan) -> dict:
     """Where `fill` keeps the tables of a block of queries."""
     shape = (plan.blocks.query, plan.pieces * LANES)
-    if plan.contextual.packed:
-        return {"word": pltpu.VMEM(shape, jnp.int32), "kinks": pltpu.VMEM(shape, jnp.int32)}
-    return {"middle": pltpu.VMEM(shape, jnp.float32), "slope": pltpu.VMEM(shape, jnp.float32)}
+    names = ("word", "kinks") if plan.contextual.packed else ("middle", "slope")
+    dtype = jnp.int32 if plan.contextual.packed else jnp.float32
+    one = pltpu.VMEM((plan.blocks.query, LANES), jnp.float32)
+    return dict.fromkeys(names, pltpu.VMEM(shape, dtype)) | {"highest": one, "spread": one}
 
 
 def fill(plan: Plan, scratch: dict, z: Float[Array, "t width"]) -> None:
     """Keeps what `look_up` needs."""
     width = z.shape[1]
+    high, low = (
+        over_lanes(functools.reduce(how, chunks(z)), reduce)
+        for how, reduce in ((jnp.maximum, jnp.max), (jnp.minimum, jnp.min))
+    )
+    scratch["highest"][...], scratch["spread"][...] = high, high - low
     lane = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
     slope = jnp.where(lane == width - 1, 0.0, rolled(z, width - 1) - z)
     middle = z + 0.5 * slope
     if not plan.contextual.packed:
         scratch["middle"][...], scratch["slope"][...] = middle, slope
         return
-    low = _bfloat16_bits(slope)
-    slope = _as_float(low << 16)
-    # The high half is what makes the whole word, read as a float32, the nearest to the middle.
-    bits = _as_int(middle)
-    high = jnp.maximum((bits & ~_SIGN) - low + 2**15, 0) & _HIGH
-    scratch["word"][...] = (bits & _SIGN) | high | low
-    above = _bfloat16_bits(rolled(slope, width - 1) - slope)
-    below = _bfloat16_bits(rolled(slope, 1) - slope)
-    scratch["kinks"][...] = (above << 16) | below
+    slope = _as_float(_bfloat16_bits(slope) << 16)
+    scratch["word"][...] = _packed(middle, slope)
+    above, below = (rolled(slope, shift) - slope for shift in (width - 1, 1))
+    scratch["kinks"][...] = _packed(above, below)
 
 
-def look_up(plan: Plan, scratch: dict, places: list[Array], rows: slice) -> list[Found]:
-    """Bias and slope of every chunk of some rows of a tile."""
+def look_up(
+    plan: Plan, scratch: dict, places: list[Array], rows: slice, base: Array | float
+) -> list[Found]:
+    """Bias, less `base`, and slope of every chunk of some rows of a tile."""
     if not plan.contextual.packed:
         middle, slope = scratch["middle"][rows, :], scratch["slope"][rows, :]
-        return [_exact(middle, slope, place) for place in places]
+        return [_exact(middle, slope, place, base) for place in places]
     word, kinks = scratch["word"][rows, :], scratch["kinks"][rows, :]
     found = []
     for start in range(0, len(places), 3):
         group = slice(start, start + 3)
         if len(places[group]) == 3:
-            found += _triple(word, kinks, *places[group])
+            found += _triple(word, kinks, *places[group], base)
         else:
-            found += [_single(word, place)[0] for place in places[group]]
+            found += [_single(word, place, base)[0] for place in places[group]]
     return found
 
 
@@ -92,25 +96,29 @@ def _split(place: Float[Array, "t 128"], mask: int) -> tuple[Int[Array, "t 128"]
     return index, place - index.astype(jnp.float32)
 
 
-def _exact(middle: Array, slope: Array, place: Float[Array, "t 128"]) -> Found:
+def _exact(middle: Array, slope: Array, place: Float[Array, "t 128"], base: Array | float) -> Found:
     index, rest = _split(place, _NUMBER)
     rise = _gather(slope, index)
-    return Found(_gather(middle, index) + rest * rise, rise)
+    return Found(_gather(middle, index) - base + rest * rise, rise)
 
 
-def _single(word: Array, place: Float[Array, "t 128"]) -> tuple[Found, Array, Array]:
-    """One key; also its row and the middle there."""
+def _single(
+    word: Array, place: Float[Array, "t 128"], base: Array | float
+) -> tuple[Found, Array, Array]:
+    """One key; also its row and the middle there, less `base`."""
     index, rest = _split(place, LANES - 1)
     both = lane_gather(word, index)
-    middle, slope = _as_float(both), _as_float(both << 16)
+    middle, slope = _as_float(both) - base, _as_float(both << 16)
     return Found(middle + rest * slope, slope), index, middle
 
 
-def _triple(word: Array, kinks: Array, left: Array, place: Array, right: Array) -> list[Found]:
+def _triple(
+    word: Array, kinks: Array, left: Array, place: Array, right: Array, base: Array | float
+) -> list[Found]:
     """A key and its neighbours, by their places, which are less than 1 apart."""
-    center, index, middle = _single(word, place)
+    center, index, middle = _single(word, place, base)
     both, slope = lane_gather(kinks, index), center.slope
-    above, below = _as_float(both & _HIGH), _as_float(both << 16)
+    above, below = _as_float(both), _as_float(both << 16)
     row = index.astype(jnp.float32)
     higher, lower = left - row, right - row
     over, under = jnp.maximum(higher - 0.5, 0.0), jnp.minimum(lower + 0.5, 0.0)
@@ -139,6 +147,14 @@ def _as_int(x: Float[Array, "t n"]) -> Int[Array, "t n"]:
 
 def _as_float(x: Int[Array, "t n"]) -> Float[Array, "t n"]:
     return jax.lax.bitcast_convert_type(x, jnp.float32)
+
+
+def _packed(whole: Float[Array, "t n"], low: Float[Array, "t n"]) -> Int[Array, "t n"]:
+    """Two numbers in one word: itself, read as a float32, and its low half, as a bfloat16."""
+    bits, low = _as_int(whole), _bfloat16_bits(low)
+    # The high half is what brings the word nearest to the first number.
+    high = jnp.maximum((bits & ~_SIGN) - low + 2**15, 0) & _HIGH
+    return (bits & _SIGN) | high | low
 
 
 def _bfloat16_bits(x: Float[Array, "t n"]) -> Int[Array, "t n"]:

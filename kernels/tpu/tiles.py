@@ -13,7 +13,18 @@ from posjax.kernels.tpu.plan import LOG2E, Plan
 from posjax.kernels.tpu.registers import NT, chunks, matmul, rows_of
 from posjax.types import Array, Bool, Float, Num
 
-__all__ = ["Chunks", "Counted", "Tile", "biased", "count", "fill_tables", "plain_logits"]
+__all__ = [
+    "Chunks",
+    "Counted",
+    "Tile",
+    "biased",
+    "count",
+    "exponents",
+    "falls",
+    "fill_tables",
+    "gate_falls",
+    "plain_logits",
+]
 
 Chunks = list[Float[Array, "t 128"]]
 
@@ -85,10 +96,10 @@ class Tile:
         return [jnp.where(a, one, instead) for a, one in zip(self.allowed, x, strict=True)]
 
 
-def products(tile: Tile, name: str, rows: slice = slice(None)) -> Chunks:
+def products(tile: Tile, name: str) -> Chunks:
     """Query . key, or query . gate key, unscaled."""
     keys = tile.keys(name)
-    return chunks(matmul(tile.inputs["query"][rows, :].astype(keys.dtype), keys, NT))
+    return chunks(matmul(tile.inputs["query"][...].astype(keys.dtype), keys, NT))
 
 
 def plain_logits(tile: Tile) -> Chunks:
@@ -96,18 +107,24 @@ def plain_logits(tile: Tile) -> Chunks:
     return [x * (tile.plan.scale * LOG2E) for x in products(tile, "key")]
 
 
-def falls_and_exponents(tile: Tile, rows: slice = slice(None)) -> tuple[Chunks, Chunks]:
-    """The products of query and key, and the logits of the gates, both in units of -ln 2."""
-    plan, contextual = tile.plan, tile.plan.contextual
-    dots = products(tile, "key", rows)
-    falls = [x * (-plan.scale * LOG2E) for x in dots]
-    exponents = falls
-    if contextual.own_gate_key or contextual.gate_scale != plan.scale:
-        gate_dots = products(tile, "gate_key", rows) if contextual.own_gate_key else dots
-        exponents = [x * (-contextual.gate_scale * LOG2E) for x in gate_dots]
+def falls(tile: Tile) -> Chunks:
+    """The scaled products of query and key, in units of -ln 2."""
+    return [x * (-tile.plan.scale * LOG2E) for x in products(tile, "key")]
+
+
+def gate_falls(tile: Tile) -> Chunks:
+    """The scaled products of query and gate key, in units of -ln 2."""
+    return [x * (-tile.plan.contextual.gate_scale * LOG2E) for x in products(tile, "gate_key")]
+
+
+def exponents(plan: Plan, inputs: dict, falls: Chunks) -> Chunks:
+    """The logits of the gates, in units of -ln 2, from `gate_falls`, or without those `falls`."""
+    contextual = plan.contextual
+    if not contextual.own_gate_key and contextual.gate_scale != plan.scale:
+        falls = [x * (contextual.gate_scale / plan.scale) for x in falls]
     if contextual.gate_bias:
-        exponents = [x - tile.inputs["gate_bias"][...] for x in exponents]
-    return falls, exponents
+        falls = [x - inputs["gate_bias"][...] for x in falls]
+    return falls
 
 
 def count(tile: Tile, carry: Array) -> tuple[Counted, Array]:
@@ -116,19 +133,23 @@ def count(tile: Tile, carry: Array) -> tuple[Counted, Array]:
     Args:
         carry: count - 1/2 of each query on the right of the block.
     """
-    contextual = tile.plan.contextual
-    falls, exponents = falls_and_exponents(tile)
-    gates = tile.hide([counting.gate(x, contextual.newton) for x in exponents], 0.0)
-    lower = tile.inputs["lower"][...]
+    contextual, fallen = tile.plan.contextual, falls(tile)
+    source = gate_falls(tile) if contextual.own_gate_key else fallen
+    gates = [counting.gate(x, contextual.newton) for x in exponents(tile.plan, tile.inputs, source)]
+    gates, lower = tile.hide(gates, 0.0), tile.inputs["lower"][...]
     places, carry = counting.places(gates, carry, lower, contextual.last)
-    return Counted(falls, places, gates), carry
+    return Counted(fallen, places, gates), carry
 
 
 def biased(
-    plan: Plan, scratch: dict, counted: Counted, rows: slice = slice(None)
+    plan: Plan,
+    scratch: dict,
+    counted: Counted,
+    rows: slice = slice(None),
+    base: Array | float = 0.0,
 ) -> tuple[Chunks, Chunks]:
-    """Logits with the contextual bias, in units of ln 2, and the slopes of the bias."""
-    found = tables.look_up(plan, scratch, counted.places, rows)
+    """Logits with the contextual bias, less `base`, in units of ln 2, and the bias's slopes."""
+    found = tables.look_up(plan, scratch, counted.places, rows, base)
     logits = [f.bias - x for x, f in zip(counted.falls, found, strict=True)]
     return logits, [f.slope for f in found]
 

@@ -66,7 +66,7 @@ def test_compiles_for_every_generation(chip, small_blocks):
 
 def linear(slopes, query_positions, key_positions):
     distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
-    return -slopes[:, None, None] * jnp.abs(distance).astype(jnp.float32)
+    return -slopes[None, :, None, None] * jnp.abs(distance).astype(jnp.float32)
 
 
 def relative_gradient(query, key, value, table, slopes):
