@@ -15,6 +15,7 @@ from posjax.kernels.blocks import TpuBlocks, blockwise_sizes, tpu_generation, tp
 from posjax.kernels.tpu import counting, relative
 from posjax.kernels.tpu.backward import backward
 from posjax.kernels.tpu.forward import forward
+from posjax.kernels.tpu.gradients import unit
 from posjax.kernels.tpu.plan import LANES, LOG2E, Contextual, Plan, Ranges, interleave, walk_ranges
 from posjax.masks import Mask, Side
 from posjax.types import Array, Num
@@ -257,6 +258,9 @@ def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
             "upper": counting.triangle(ahead=True),
         }
     grads = backward(plan, ranges, inputs)
+    for name in ("query", "key", "gate_key"):
+        if name in grads:
+            grads[name] *= unit(plan)
     return {name: _like(x, name, grads[name]) for name, x in arrays.items()}, None, None
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu import counting, gradients, relative, tables, tiles
+from posjax.kernels.tpu import backward_pipeline, counting, gradients, relative, tables, tiles
 from posjax.kernels.tpu.counting import HALF
 from posjax.kernels.tpu.gradients import Block
 from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
@@ -42,7 +42,7 @@ __all__ = ["backward"]
 
 
 def backward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
-    """Gradients in float32 of all arrays.
+    """Gradients in float32 of all arrays; those of query and keys less `gradients.unit`.
 
     Args:
         inputs: those of the forward kernel, its log-sum-exp and carries, the cotangent of its
@@ -85,7 +85,9 @@ def _scratch(plan: Plan, layout: Layout) -> dict:
     scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
     scratch["transfer"] = pltpu.SemaphoreType.DMA(())
     if plan.contextual is not None:
-        scratch |= tables.scratch_shapes(plan) | gradients.scratch_shapes(plan, layout.dtype)
+        scratch |= tables.scratch_shapes(plan) | backward_pipeline.scratch_shapes(
+            plan, layout.dtype
+        )
     if plan.relative:
         scratch |= relative.scratch_shapes(plan, gradient=True)
     return scratch
@@ -129,7 +131,10 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
         _rightwards(low, high, functools.partial(add, masked=False, counts=False))
         if plan.contextual is not None:
             low, high = inside(jnp.maximum(span.full_first, edge + 1), full_last)
-            gradients.add_counting(block, low, high)
+            if plan.contextual.own_gate_key or plan.relative:
+                _rightwards(low, high, functools.partial(add, masked=False, counts=True))
+            else:
+                backward_pipeline.count_on(block, low, high)
 
     jax.lax.fori_loop(0, 2, side, None)
     _finish(block, dquery, slot)
@@ -192,7 +197,7 @@ def _finish(block: Block, dquery, slot: Array) -> None:
         total = over_lanes(scratch["total"][...], jnp.sum)
         positions = plan.contextual.positions
         dz = counting.second_differences(scratch["hinge"][...], total, positions) * LN2
-        scratch["query"][...] += matmul(dz, inputs["table"][...])
+        scratch["query"][...] += matmul(dz / gradients.unit(plan), inputs["table"][...])
         outputs["table"][block.head] += matmul(dz, inputs["query"][...].astype(jnp.float32), TN)
         scratch["carried"][pl.ds(slot, 1), :] = row_of(scratch["prefix"][...])
     _transfer(scratch["query"], dquery, scratch["transfer"])

@@ -5,6 +5,10 @@ within a lane they fall from the first chunk to the last, and lanes follow each 
 here is about p - 1/2, called `place`: its nearest whole number is the row of the table below p.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -24,10 +28,12 @@ from posjax.types import Array, Float, Int, Num
 
 __all__ = [
     "HALF",
+    "LaneSums",
     "crossings",
     "exclusive",
     "gate",
     "hinges",
+    "own_sum",
     "places",
     "prefixes",
     "second_differences",
@@ -115,12 +121,38 @@ def prefixes(
     return found, last_lane(running)
 
 
+class LaneSums(NamedTuple):
+    """What `hinges` asks of each lane's keys.
+
+    Args:
+        total: the sum of their weights.
+        moment: the sum of weight * place.
+        lowest: the lowest place, the last chunk's.
+        own: for the m-th whole number above `lowest`, the sum of weight * max(count - it, 0).
+    """
+
+    total: Float[Array, "t 128"]
+    moment: Float[Array, "t 128"]
+    lowest: Float[Array, "t 128"]
+    own: Callable[[int | Array], Array]
+
+    @classmethod
+    def of(cls, place: list[Array], weight: list[Array]) -> "LaneSums":
+        """The sums of whole tiles."""
+        moment = added([w * p for w, p in zip(weight, place, strict=True)])
+        return cls(added(weight), moment, place[-1], functools.partial(own_sum, place, weight))
+
+
+def own_sum(
+    place: list[Float[Array, "t 128"]], weight: list[Float[Array, "t 128"]], rank: int | Array
+) -> Float[Array, "t 128"]:
+    """See `LaneSums.own`."""
+    edge = _edge_above(place[-1]) + jnp.float32(rank)
+    return added([w * jnp.maximum(p - edge, 0.0) for w, p in zip(weight, place, strict=True)])
+
+
 def hinges(
-    place: list[Float[Array, "t 128"]],
-    weight: list[Float[Array, "t 128"]],
-    upper: Num[Array, "128 128"],
-    pieces: int,
-    times: int | Int[Array, ""],
+    sums: LaneSums, upper: Num[Array, "128 128"], pieces: int, times: int | Int[Array, ""]
 ) -> Float[Array, "t width"]:
     """Sum over keys of weight * max(count - b, 0), for b = 0 ... width - 1.
 
@@ -132,22 +164,21 @@ def hinges(
     Args:
         times: at least `crossings`.
     """
-    total = added(weight)
-    moment = added([w * p for w, p in zip(weight, place, strict=True)])
+    total, moment, last = sums.total, sums.moment, sums.lowest
     total_before, moment_before = exclusive(total, upper), exclusive(moment, upper)
     lane = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1)
-    lowest = _edge_above(place[-1])
+    lowest = _edge_above(last)
     edges = [lane.astype(jnp.float32) + (piece * LANES - HALF) for piece in range(pieces)]
-    found = [_first_lane_below(place[-1], edge) for edge in edges]
-    sums = [
+    found = [_first_lane_below(last, edge) for edge in edges]
+    parts = [
         lane_gather(moment_before, at) - edge * lane_gather(total_before, at)
         for at, edge in zip(found, edges, strict=True)
     ]
     # Where all lanes lie above b, the last one, too, counts as a whole.
-    whole = last_lane(moment), last_lane(total), last_lane(place[-1])
-    sums = [
+    whole = last_lane(moment), last_lane(total), last_lane(last)
+    parts = [
         s + jnp.where(edge <= whole[2], whole[0] - edge * whole[1], 0.0)
-        for s, edge in zip(sums, edges, strict=True)
+        for s, edge in zip(parts, edges, strict=True)
     ]
     # Which of its lane's whole numbers each b is; none where all lanes lie above it.
     ranks = [
@@ -155,26 +186,26 @@ def hinges(
         for at, edge in zip(found, edges, strict=True)
     ]
 
-    def add_own(rank, sums):
-        edge = lowest + rank
-        own = added([w * jnp.maximum(p - edge, 0.0) for w, p in zip(weight, place, strict=True)])
+    def add_own(rank, parts):
+        own = sums.own(rank)
         return tuple(
-            s + jnp.where(mine == rank, lane_gather(own, at), 0.0)
-            for s, mine, at in zip(sums, ranks, found, strict=True)
+            s + jnp.where(mine == jnp.float32(rank), lane_gather(own, at), 0.0)
+            for s, mine, at in zip(parts, ranks, found, strict=True)
         )
 
     if isinstance(times, int):
         for rank in range(times):
-            sums = add_own(jnp.float32(rank), sums)
+            parts = add_own(rank, parts)
     else:
-        loop = lambda rank, sums: add_own(rank.astype(jnp.float32), sums)  # noqa: E731
-        sums = jax.lax.fori_loop(0, times, loop, tuple(sums))
-    return join(list(sums))
+        parts = jax.lax.fori_loop(0, times, add_own, tuple(parts))
+    return join(list(parts))
 
 
-def crossings(place: list[Float[Array, "t 128"]], last: float) -> Int[Array, ""]:
+def crossings(
+    highest: Float[Array, "t 128"], lowest: Float[Array, "t 128"], last: float
+) -> Int[Array, ""]:
     """How many whole numbers up to `last` the counts of one lane pass, at most."""
-    return jnp.max(jnp.ceil(jnp.minimum(place[0], last) - _edge_above(place[-1]))).astype(jnp.int32)
+    return jnp.max(jnp.ceil(jnp.minimum(highest, last) - _edge_above(lowest))).astype(jnp.int32)
 
 
 def _edge_above(place: Float[Array, "t 128"]) -> Float[Array, "t 128"]:

@@ -107,7 +107,7 @@ def _count_and_hold(block: Block, index: Array) -> None:
     """The second stage: gates, counts, and a bound of the logits."""
     plan, scratch = block.plan, block.scratch
     save_carry(scratch, index)
-    for rows in _row_groups(plan):
+    for rows in plan.row_groups:
         scratch["lowest"][rows, :], scratch["sums"][rows, :] = _count_rows(block, rows)
     last, lower = plan.contextual.last, block.inputs["lower"][...]
     within, old = scratch["sums"][...], scratch["maximum"][...]
@@ -139,7 +139,7 @@ def _count_rows(block: Block, rows: slice) -> tuple[Array, Array]:
 def _weigh_held(block: Block) -> None:
     """The third stage: biases, softmax."""
     plan, scratch = block.plan, block.scratch
-    for rows in _row_groups(plan):
+    for rows in plan.row_groups:
         falls, within = (registers.chunks(scratch[name][rows, :]) for name in ("falls", "within"))
         behind = scratch["behind"][rows, :]
         held = Counted(falls, [x + behind for x in within])
@@ -150,12 +150,6 @@ def _weigh_held(block: Block) -> None:
         start = rows.start * scratch["weights"].shape[0] // plan.blocks.query
         scratch["weights"][start : start + rounded.shape[0], :] = rounded
         scratch["shrink"][rows, :] = shrink
-
-
-def _row_groups(plan: Plan) -> list[slice]:
-    """Some rows at a time, so that what is computed for them stays in registers."""
-    size = plan.blocks.rows or plan.blocks.query
-    return [slice(start, start + size) for start in range(0, plan.blocks.query, size)]
 
 
 def _add_held(block: Block, tile: Tile) -> None:

@@ -71,6 +71,12 @@ class Plan:
         return self.is_causal or self.window is not None or self.segments
 
     @property
+    def row_groups(self) -> list[slice]:
+        """Some queries at a time, so that what is computed for them stays in registers."""
+        size, rows = self.blocks.rows or self.blocks.query, self.blocks.query
+        return [slice(start, start + size) for start in range(0, rows, size)]
+
+    @property
     def chunks(self) -> int:
         """C: vector registers side by side in a block of keys."""
         return self.blocks.key // LANES

@@ -44,6 +44,8 @@ def name(request):
     yield request.param
     run.clear_cache()
     variables_of.cache_clear()
+    gradients.cache_clear()
+    gradient.clear_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +74,21 @@ def variables_of(name):
     random = np.random.default_rng(0)
     draw = lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype)  # noqa: E731
     return jax.tree.map(draw, shapes(model(name)))
+
+
+@functools.cache
+def gradients(name, implementation):
+    """Of all parameters, and the output."""
+    return gradient(model(name, implementation=implementation), variables_of(name), TOKENS)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(model, variables, tokens):
+    def loss(variables):
+        output = model.apply(variables, tokens)
+        return jnp.sum(jnp.sin(output)), output
+
+    return jax.grad(loss, has_aux=True)(variables)
 
 
 def shapes(model):
@@ -114,16 +131,8 @@ def test_is_a_configuration(name):
 
 @every
 def test_implementations_agree_in_values_and_gradients(name):
-    @functools.partial(jax.jit, static_argnums=0)
-    def grad(model, variables):
-        def loss(variables):
-            output = model.apply(variables, TOKENS)
-            return jnp.sum(jnp.sin(output)), output
-
-        return jax.grad(loss, has_aux=True)(variables)
-
-    dense, output = grad(model(name), variables_of(name))
-    blockwise, same = grad(model(name, implementation="xla"), variables_of(name))
+    dense, output = gradients(name, "reference")
+    blockwise, same = gradients(name, "xla")
     assert_close(output, same, 1e-5)
     jax.tree.map(assert_gradient, blockwise, dense)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(dense))
@@ -201,19 +210,14 @@ def test_sharded_over_heads_and_data_is_unsharded(name):
         spec = heads.get(keys[-2], P()) if "attention" in keys and keys[-1] == "kernel" else P()
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    @jax.jit
-    def loss(variables, tokens):
-        output = model(name, implementation="xla").apply(variables, tokens)
-        return jnp.sum(jnp.sin(output))
-
-    want, want_grads = jax.value_and_grad(loss)(variables_of(name), TOKENS)
+    want_grads, want = gradients(name, "xla")
     with jax.set_mesh(mesh):
         variables = jax.tree_util.tree_map_with_path(place, variables_of(name))
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
-        value, grads = jax.value_and_grad(loss)(variables, tokens)
+        grads, output = gradient(model(name, implementation="xla"), variables, tokens)
     kernel = grads["params"]["layer_0"]["attention"]["query"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[1] == SMALL.heads // 2
-    assert_close(value, want)
+    assert_close(jax.device_get(output), want)
     jax.tree.map(assert_gradient, jax.device_get(grads), jax.device_get(want_grads))
 
 

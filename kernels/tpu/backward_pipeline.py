@@ -1,0 +1,183 @@
+"""The full tiles of the backward kernel that count, as a pipeline over the blocks of keys.
+
+| stage | block | reads                                   | writes                                |
+|-------|-------|-----------------------------------------|---------------------------------------|
+| 1     | t     | query, keys, carry, cotangent           | falls, gates, within, behind, dlogits |
+| 2     | t - 1 | these, table, prefix sum                | weights, ddots, sums for the table    |
+| 3     | t - 2 | weights, ddots                          | gradients of query, key, value        |
+
+What stage 1 calls dlogits are the gradients of the weights; stage 2 makes those of the logits of
+them, in two walks over the rows, because a gate's gradient needs the sums of all lanes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from posjax.kernels.tpu import counting, gradients, registers, tiles
+from posjax.kernels.tpu.counting import LaneSums
+from posjax.kernels.tpu.gradients import Block
+from posjax.kernels.tpu.plan import LANES, Plan
+from posjax.kernels.tpu.registers import NT, chunks, join, last_lane, matmul
+from posjax.kernels.tpu.tiles import Counted
+from posjax.types import Array
+
+__all__ = ["count_on", "scratch_shapes"]
+
+# Crossings for which the pipeline has code without an inner loop.
+_FEW = 2
+
+
+def scratch_shapes(plan: Plan, dtype: jnp.dtype) -> dict:
+    """What one stage leaves for the next."""
+    rows, keys = plan.blocks.query, plan.blocks.key
+    wide, narrow = (pltpu.VMEM((rows, n), jnp.float32) for n in (keys, LANES))
+    held = registers.held_shape(rows, keys, dtype)
+    shapes = dict.fromkeys(("falls", "gates", "within", "dlogits"), wide)
+    shapes |= dict.fromkeys(("weights", "ddots"), pltpu.VMEM(held.shape, held.dtype))
+    names = ("behind", "lane_total", "lane_moment", "lane_slopes", *_OWN)
+    return shapes | dict.fromkeys(names, narrow)
+
+
+_OWN = tuple(f"own_{rank}" for rank in range(_FEW))
+
+
+def count_on(block: Block, low: Array, high: Array) -> None:
+    """Adds the full blocks low ... high, all of which count."""
+    scratch = block.scratch
+    near = lambda index: block.tile(jnp.clip(index, low, high), masked=False)  # noqa: E731
+
+    def step(loop, most):
+        index, _ = loop
+        _third_stage(block, near(index - 2))
+        _second_stage(block, most or loop[1])
+        return index + 1, _first_stage(block, index)
+
+    def steps(loop):
+        """First while two crossings are enough, then while they are not: an inner loop for more."""
+        inside = lambda loop: loop[0] <= high  # noqa: E731
+        few = lambda loop: inside(loop) & (loop[1] <= _FEW)  # noqa: E731
+        many = lambda loop: inside(loop) & (loop[1] > _FEW)  # noqa: E731
+        loop = jax.lax.while_loop(few, functools.partial(step, most=_FEW), loop)
+        return jax.lax.while_loop(many, functools.partial(step, most=None), loop)
+
+    @pl.when(high >= low)
+    def _():
+        for name in ("weights", "ddots"):
+            scratch[name][...] = jnp.zeros(scratch[name].shape, scratch[name].dtype)
+        loop = low + 1, _first_stage(block, low)
+        _, crossings = jax.lax.while_loop(lambda loop: loop[0] <= high, steps, loop)
+        _third_stage(block, near(high - 1))
+        _second_stage(block, crossings)
+        _third_stage(block, near(high))
+
+
+def _first_stage(block: Block, index: Array) -> Array:
+    """Products, gates and counts; how many rows of the table a lane's counts pass at most."""
+    plan, scratch, tile = block.plan, block.scratch, block.tile(index, masked=False)
+    last, lower = plan.contextual.last, block.inputs["lower"][...]
+    scratch["falls"][...] = join(tiles.falls(tile))
+    scratch["dlogits"][...] = matmul(block.inputs["cotangent"][...], tile.keys("value"), NT)
+    for rows in plan.row_groups:
+        exponents = tiles.exponents(plan, block.inputs, chunks(scratch["falls"][rows, :]))
+        gates = [counting.gate(x, plan.contextual.newton) for x in exponents]
+        within = _running(gates[::-1])[::-1]
+        scratch["gates"][rows, :], scratch["within"][rows, :] = join(gates), join(within)
+    sums, lowest = scratch["within"][:, :LANES], scratch["within"][:, -LANES:]
+    carry = gradients.carry(scratch["saved"], index)
+    behind = jnp.minimum(carry + counting.exclusive(sums, lower), last)
+    scratch["behind"][...] = behind
+    return counting.crossings(sums + behind, lowest + behind, last)
+
+
+def _running(parts: list[Array]) -> list[Array]:
+    sums = parts[:1]
+    for part in parts[1:]:
+        sums.append(sums[-1] + part)
+    return sums
+
+
+def _second_stage(block: Block, crossings: int | Array) -> None:
+    """Everything that is no large product."""
+    plan, scratch = block.plan, block.scratch
+    ranks = range(crossings if isinstance(crossings, int) else 0)
+    for rows in plan.row_groups:
+        _weigh_rows(block, rows, ranks)
+    _add_table(block, crossings)
+    slopes, upper = scratch["lane_slopes"][...], block.inputs["upper"][...]
+    before = scratch["prefix"][...] + counting.exclusive(slopes, upper)
+    scratch["prefix"][...] = last_lane(before + slopes)
+    scratch["lane_slopes"][...] = before
+    for rows in plan.row_groups:
+        _hand_on_rows(block, rows)
+
+
+def _weigh_rows(block: Block, rows: slice, ranks: range) -> None:
+    """Weights, gradients of logits, their running sums for the gates and their sums for tables."""
+    plan, scratch = block.plan, block.scratch
+    falls, within, dweights = (
+        chunks(scratch[name][rows, :]) for name in ("falls", "within", "dlogits")
+    )
+    behind, delta = scratch["behind"][rows, :], scratch["delta"][rows, :]
+    places = [x + behind for x in within]
+    logits, slopes = tiles.biased(
+        plan, scratch, Counted(falls, places), rows, scratch["lse"][rows, :]
+    )
+    weights = [jnp.exp2(x) for x in logits]
+    dlogits = [w * (d - delta) for w, d in zip(weights, dweights, strict=True)]
+    running = _running([d * slope for d, slope in zip(dlogits, slopes, strict=True)])
+    sums = LaneSums.of(places, dlogits)
+    for rank in ranks:
+        scratch[_OWN[rank]][rows, :] = sums.own(rank)
+    scratch["lane_total"][rows, :], scratch["lane_moment"][rows, :] = sums.total, sums.moment
+    scratch["lane_slopes"][rows, :] = running[-1]
+    # In the place of what has been read.
+    scratch["falls"][rows, :], scratch["dlogits"][rows, :] = join(running), join(dlogits)
+    _hold(block, "weights", rows, weights)
+
+
+def _add_table(block: Block, crossings: int | Array) -> None:
+    """As `gradients.add_table`, from the sums of each lane."""
+    scratch = block.scratch
+    behind = scratch["behind"][...]
+
+    def own(rank):
+        if isinstance(rank, int):
+            return scratch[_OWN[rank]][...]
+        places = [x + behind for x in chunks(scratch["within"][...])]
+        return counting.own_sum(places, chunks(scratch["dlogits"][...]), rank)
+
+    lowest = scratch["within"][:, -LANES:] + behind
+    sums = LaneSums(scratch["lane_total"][...], scratch["lane_moment"][...], lowest, own)
+    gradients.add_table(block, sums, crossings)
+
+
+def _hand_on_rows(block: Block, rows: slice) -> None:
+    """The gradients of the products of query and key, by logits and by gates."""
+    scratch = block.scratch
+    gates, running, dlogits = (
+        chunks(scratch[name][rows, :]) for name in ("gates", "falls", "dlogits")
+    )
+    before = scratch["lane_slopes"][rows, :]
+    dgates = gradients.through_gates(block, gates, [x + before for x in running])
+    ddots = gradients.of_products(block.plan, dlogits)
+    _hold(block, "ddots", rows, [a + b for a, b in zip(ddots, dgates, strict=True)])
+
+
+def _hold(block: Block, name: str, rows: slice, parts: list[Array]) -> None:
+    held, target = registers.hold(join(parts), block.inputs["query"].dtype), block.scratch[name]
+    start = rows.start * target.shape[0] // block.plan.blocks.query
+    target[start : start + held.shape[0], :] = held
+
+
+def _third_stage(block: Block, tile: tiles.Tile) -> None:
+    """The products that the gradients are."""
+    weights, ddots = (
+        registers.held(block.scratch[name][...], block.inputs["query"].dtype)
+        for name in ("weights", "ddots")
+    )
+    gradients.add_values(block, tile, weights)
+    gradients.add_products(block, tile, "key", ddots)
