@@ -40,7 +40,7 @@ class TpuBlocks:
         query: queries of a tile.
         key: keys of a tile.
         memory: keys that lie in VMEM together.
-        rows: queries that the counting pipeline works on at a time, so that what it computes for
+        rows: queries that the counting pipelines work on at a time, so that what they compute for
             them stays in registers; None: all.
     """
 

@@ -42,11 +42,13 @@ __all__ = ["backward"]
 
 
 def backward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
-    """Gradients in float32 of all arrays; those of query and keys less `gradients.unit`.
+    """Gradients in float32 of all arrays.
+
+    Those of query and keys lack `gradients.unit`; those of keys and values are [B, K, size, S].
 
     Args:
         inputs: those of the forward kernel, its log-sum-exp and carries, the cotangent of its
-            output, and delta [B, N, 1, T].
+            output, both also with lengths last, and delta [B, N, 1, T].
     """
     layout = Layout.of(plan, inputs)
     at = Indices(

@@ -1,12 +1,13 @@
 """The full tiles of the backward kernel that count, as a pipeline over the blocks of keys.
 
-| stage | block | reads                                   | writes                                |
-|-------|-------|-----------------------------------------|---------------------------------------|
-| 1     | t     | query, keys, carry, cotangent           | falls, gates, within, behind, dlogits |
-| 2     | t - 1 | these, table, prefix sum                | weights, ddots, sums for the table    |
-| 3     | t - 2 | weights, ddots                          | gradients of query, key, value        |
+| stage | block | reads                            | writes                                |
+|-------|-------|----------------------------------|---------------------------------------|
+| 1     | t     | query, key                       | coming                                |
+| 2     | t - 1 | coming, carry, cotangent, value  | falls, gates, within, behind, dlogits |
+| 3     | t - 2 | these, table, prefix sum         | weights, ddots, sums for the table    |
+| 4     | t - 3 | weights, ddots                   | gradients of query, key, value        |
 
-What stage 1 calls dlogits are the gradients of the weights; stage 2 makes those of the logits of
+What stage 2 calls dlogits are the gradients of the weights; stage 3 makes those of the logits of
 them, in two walks over the rows, because a gate's gradient needs the sums of all lanes.
 """
 
@@ -36,7 +37,7 @@ def scratch_shapes(plan: Plan, dtype: jnp.dtype) -> dict:
     rows, keys = plan.blocks.query, plan.blocks.key
     wide, narrow = (pltpu.VMEM((rows, n), jnp.float32) for n in (keys, LANES))
     held = registers.held_shape(rows, keys, dtype)
-    shapes = dict.fromkeys(("falls", "gates", "within", "dlogits"), wide)
+    shapes = dict.fromkeys(("coming", "falls", "gates", "within", "dlogits"), wide)
     shapes |= dict.fromkeys(("weights", "ddots"), pltpu.VMEM(held.shape, held.dtype))
     names = ("behind", "lane_total", "lane_moment", "lane_slopes", *_OWN)
     return shapes | dict.fromkeys(names, narrow)
@@ -52,13 +53,15 @@ def count_on(block: Block, low: Array, high: Array) -> None:
 
     def step(loop, most):
         index, _ = loop
-        _third_stage(block, near(index - 2))
-        _second_stage(block, most or loop[1])
-        return index + 1, _first_stage(block, index)
+        _add_held(block, near(index - 3))
+        _weigh_held(block, most or loop[1])
+        crossings = _count_and_hold(block, near(index - 1), index - 1)
+        _multiply(block, near(index))
+        return index + 1, crossings
 
     def steps(loop):
         """First while two crossings are enough, then while they are not: an inner loop for more."""
-        inside = lambda loop: loop[0] <= high  # noqa: E731
+        inside = lambda loop: loop[0] <= high + 1  # noqa: E731
         few = lambda loop: inside(loop) & (loop[1] <= _FEW)  # noqa: E731
         many = lambda loop: inside(loop) & (loop[1] > _FEW)  # noqa: E731
         loop = jax.lax.while_loop(few, functools.partial(step, most=_FEW), loop)
@@ -68,24 +71,32 @@ def count_on(block: Block, low: Array, high: Array) -> None:
     def _():
         for name in ("weights", "ddots"):
             scratch[name][...] = jnp.zeros(scratch[name].shape, scratch[name].dtype)
-        loop = low + 1, _first_stage(block, low)
-        _, crossings = jax.lax.while_loop(lambda loop: loop[0] <= high, steps, loop)
-        _third_stage(block, near(high - 1))
-        _second_stage(block, crossings)
-        _third_stage(block, near(high))
+        _multiply(block, near(low))
+        loop = low + 2, _count_and_hold(block, near(low), low)
+        _multiply(block, near(low + 1))
+        _, crossings = jax.lax.while_loop(lambda loop: loop[0] <= high + 1, steps, loop)
+        _add_held(block, near(high - 1))
+        _weigh_held(block, crossings)
+        _add_held(block, near(high))
 
 
-def _first_stage(block: Block, index: Array) -> Array:
-    """Products, gates and counts; how many rows of the table a lane's counts pass at most."""
-    plan, scratch, tile = block.plan, block.scratch, block.tile(index, masked=False)
+def _multiply(block: Block, tile: tiles.Tile) -> None:
+    """The first stage: products of queries and keys."""
+    block.scratch["coming"][...] = join(tiles.falls(tile))
+
+
+def _count_and_hold(block: Block, tile: tiles.Tile, index: Array) -> Array:
+    """The second stage: gates and counts; how many rows of the table a lane passes at most."""
+    plan, scratch = block.plan, block.scratch
     last, lower = plan.contextual.last, block.inputs["lower"][...]
-    scratch["falls"][...] = join(tiles.falls(tile))
     scratch["dlogits"][...] = matmul(block.inputs["cotangent"][...], tile.keys("value"), NT)
     for rows in plan.row_groups:
-        exponents = tiles.exponents(plan, block.inputs, chunks(scratch["falls"][rows, :]))
+        falls = scratch["coming"][rows, :]
+        exponents = tiles.exponents(plan, block.inputs, chunks(falls))
         gates = [counting.gate(x, plan.contextual.newton) for x in exponents]
         within = _running(gates[::-1])[::-1]
-        scratch["gates"][rows, :], scratch["within"][rows, :] = join(gates), join(within)
+        scratch["falls"][rows, :], scratch["gates"][rows, :] = falls, join(gates)
+        scratch["within"][rows, :] = join(within)
     sums, lowest = scratch["within"][:, :LANES], scratch["within"][:, -LANES:]
     carry = gradients.carry(scratch["saved"], index)
     behind = jnp.minimum(carry + counting.exclusive(sums, lower), last)
@@ -100,8 +111,8 @@ def _running(parts: list[Array]) -> list[Array]:
     return sums
 
 
-def _second_stage(block: Block, crossings: int | Array) -> None:
-    """Everything that is no large product."""
+def _weigh_held(block: Block, crossings: int | Array) -> None:
+    """The third stage: everything that is no large product."""
     plan, scratch = block.plan, block.scratch
     ranks = range(crossings if isinstance(crossings, int) else 0)
     for rows in plan.row_groups:
@@ -173,8 +184,8 @@ def _hold(block: Block, name: str, rows: slice, parts: list[Array]) -> None:
     target[start : start + held.shape[0], :] = held
 
 
-def _third_stage(block: Block, tile: tiles.Tile) -> None:
-    """The products that the gradients are."""
+def _add_held(block: Block, tile: tiles.Tile) -> None:
+    """The fourth stage: the products that the gradients are."""
     weights, ddots = (
         registers.held(block.scratch[name][...], block.inputs["query"].dtype)
         for name in ("weights", "ddots")

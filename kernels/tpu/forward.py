@@ -160,7 +160,7 @@ def _tile(block: Block, index: Array, *, masked: bool, counts: bool) -> Array:
     if counts and block.plan.contextual is not None:
         save_carry(block.scratch, index)
         counted, block.scratch["carry"][...] = tiles.count(tile, block.scratch["carry"][...])
-        logits, _ = tiles.biased(block.plan, block.scratch, counted)
+        logits, _ = tiles.biased(block.plan, block.scratch, counted, slopes=False)
     else:
         logits = tiles.plain_logits(tile)
     if block.plan.relative:

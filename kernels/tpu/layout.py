@@ -89,6 +89,8 @@ class Layout:
         kv_head = lambda *g: at.head(*g) // self.groups  # noqa: E731
         if name in ("query", "cotangent", "output", "rest"):
             shape, index = (None, None, rows, whole[3]), (at.batch, at.head, at.query, None)
+        elif name in ("query_turned", "cotangent_turned"):
+            shape, index = (None, None, whole[2], rows), (at.batch, at.head, None, at.query)
         elif name in ("key", "value", "gate_key"):
             shape, index = (None, None, memory, whole[3]), (at.batch, kv_head, at.memory, None)
         elif name in ("lse", "delta"):
@@ -124,7 +126,7 @@ class Layout:
         return {name: (shape, self._spec(name, shape.shape, at)) for name, shape in shapes.items()}
 
     def gradients(self, at: Indices) -> dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
-        """What the backward kernel gives, in float32.
+        """What the backward kernel gives, in float32; lengths last for keys and values.
 
         The query's gradient stays outside the blocks: the kernel fetches it for every part of the
         keys.
@@ -145,8 +147,8 @@ class Layout:
         if plan.contextual is not None and plan.contextual.own_gate_key:
             sizes["gate_key"] = self.size
         for name, size in sizes.items():
-            shape = (self.batch, self.kv_heads, self.key_length, size)
-            add(name, shape, (None, None, memory, size), at.batch, kv_head, at.memory, None)
+            shape = (self.batch, self.kv_heads, size, self.key_length)
+            add(name, shape, (None, None, size, memory), at.batch, kv_head, None, at.memory)
         heads = {"strips": self.strips} if plan.relative else {}
         if plan.contextual is not None:
             heads |= {"table": (plan.pieces * LANES, self.size)}

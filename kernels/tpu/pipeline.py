@@ -143,7 +143,8 @@ def _weigh_held(block: Block) -> None:
         falls, within = (registers.chunks(scratch[name][rows, :]) for name in ("falls", "within"))
         behind = scratch["behind"][rows, :]
         held = Counted(falls, [x + behind for x in within])
-        logits, _ = tiles.biased(plan, scratch, held, rows, scratch["maximum"][rows, :])
+        maximum = scratch["maximum"][rows, :]
+        logits, _ = tiles.biased(plan, scratch, held, rows, maximum, slopes=False)
         weights, shrink = [jnp.exp2(x) for x in logits], scratch["next_shrink"][rows, :]
         scratch["total"][rows, :] = scratch["total"][rows, :] * shrink + registers.added(weights)
         rounded = registers.hold(registers.join(weights), block.inputs["value"].dtype)

@@ -15,6 +15,7 @@ the middle one serves all; the others add what the slope changes by at the next 
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -72,18 +73,27 @@ def fill(plan: Plan, scratch: dict, z: Float[Array, "t width"]) -> None:
 
 
 def look_up(
-    plan: Plan, scratch: dict, places: list[Array], rows: slice, base: Array | float
+    plan: Plan,
+    scratch: dict,
+    places: list[Array],
+    rows: slice,
+    base: Array | float,
+    slopes: bool,
 ) -> list[Found]:
-    """Bias, less `base`, and slope of every chunk of some rows of a tile."""
+    """Bias, less `base`, and slope of every chunk of some rows of a tile.
+
+    Args:
+        slopes: whether slopes are wanted, for which another way is shorter.
+    """
     if not plan.contextual.packed:
         middle, slope = scratch["middle"][rows, :], scratch["slope"][rows, :]
         return [_exact(middle, slope, place, base) for place in places]
     word, kinks = scratch["word"][rows, :], scratch["kinks"][rows, :]
-    found = []
+    found, beyond = [], _with_slopes if slopes else _without_slopes
     for start in range(0, len(places), 3):
         group = slice(start, start + 3)
         if len(places[group]) == 3:
-            found += _triple(word, kinks, *places[group], base)
+            found += _triple(word, kinks, places[group], base, beyond)
         else:
             found += [_single(word, place, base)[0] for place in places[group]]
     return found
@@ -113,20 +123,32 @@ def _single(
 
 
 def _triple(
-    word: Array, kinks: Array, left: Array, place: Array, right: Array, base: Array | float
+    word: Array, kinks: Array, places: list[Array], base: Array | float, beyond: Callable
 ) -> list[Found]:
     """A key and its neighbours, by their places, which are less than 1 apart."""
+    left, place, right = places
     center, index, middle = _single(word, place, base)
     both, slope = lane_gather(kinks, index), center.slope
     above, below = _as_float(both), _as_float(both << 16)
     row = index.astype(jnp.float32)
     higher, lower = left - row, right - row
-    over, under = jnp.maximum(higher - 0.5, 0.0), jnp.minimum(lower + 0.5, 0.0)
     return [
-        Found(middle + higher * slope + over * above, jnp.where(over > 0, slope + above, slope)),
+        beyond(middle + higher * slope, slope, higher - 0.5, above, 1),
         center,
-        Found(middle + lower * slope + under * below, jnp.where(under < 0, slope + below, slope)),
+        beyond(middle + lower * slope, slope, lower + 0.5, below, -1),
     ]
+
+
+def _with_slopes(bias: Array, slope: Array, excess: Array, kink: Array, sign: int) -> Found:
+    """What the slope changes by from the next row on, if the place lies there."""
+    bend = jnp.where(excess > 0 if sign > 0 else excess < 0, kink, 0.0)
+    return Found(bias + excess * bend, slope + bend)
+
+
+def _without_slopes(bias: Array, slope: Array, excess: Array, kink: Array, sign: int) -> Found:
+    """The same bias, with one operation less; the slope is the wrong one there."""
+    inside = jnp.maximum(excess, 0.0) if sign > 0 else jnp.minimum(excess, 0.0)
+    return Found(bias + inside * kink, slope)
 
 
 def _gather(table: Num[Array, "t width"], index: Int[Array, "t 128"]) -> Num[Array, "t 128"]:

@@ -147,9 +147,10 @@ def biased(
     counted: Counted,
     rows: slice = slice(None),
     base: Array | float = 0.0,
+    slopes: bool = True,
 ) -> tuple[Chunks, Chunks]:
     """Logits with the contextual bias, less `base`, in units of ln 2, and the bias's slopes."""
-    found = tables.look_up(plan, scratch, counted.places, rows, base)
+    found = tables.look_up(plan, scratch, counted.places, rows, base, slopes)
     logits = [f.bias - x for x, f in zip(counted.falls, found, strict=True)]
     return logits, [f.slope for f in found]
 
