@@ -41,6 +41,7 @@ MARKS = "<!-- table -->", "<!-- /table -->"
 ROWS = (
     ("CoPE, counting", ("cope",), "counting", "counting"),
     ("CoPE, saturated", ("cope",), "plain", "counting"),
+    ("a bias of the distance", ("alibi",), "plain", "plain"),
     ("no encoding", ("plain",), "plain", "plain"),
     ("JAX splash attention", ("splash", "splash-causal"), "plain", "plain"),
     ("JAX flash attention", ("flash", "flash-causal"), "plain", "plain"),
