@@ -3,6 +3,7 @@
 output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -115,6 +116,9 @@ def _by_kernels(
     parts = _parts(bias)
     relatives = [part for part in parts if isinstance(part, RelativeBias)]
     bias = next((part for part in parts if isinstance(part, ContextualBias)), None)
+    if scale == 0 and bias is not None and bias.gate_scale and bias.gate_key is None:
+        # Gates come from the scaled products of query and key, of which nothing is left here.
+        bias = dataclasses.replace(bias, gate_key=key)
     positions, mask = mask, _padded(mask, *padding)
     plan = Plan(
         scale=scale,

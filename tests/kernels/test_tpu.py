@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import posjax
 import posjax.kernels.tpu.attention
+import posjax.kernels.tpu.pipeline
 from posjax.kernels.blocks import TpuBlocks
 from tests import tolerances
 from tests.cases import Case, arrays, dense_narrow, linear, run, run_with_gradients
@@ -140,6 +141,36 @@ def test_long_walks_through_the_pipelines(gate_bias, positions, monkeypatch):
     case = dataclasses.replace(CASE, positions=positions, queries=100, keys=1380, offset=True)
     inputs, params = problem(case)
     compare(case, inputs, params | {"gate_bias": jnp.float32(gate_bias)})
+
+
+@pytest.mark.parametrize(
+    "scale, gate_scale, far", [(None, None, 0.0), (None, 0.7, 64.0), (0.0, 0.7, 64.0)]
+)
+def test_scales_and_steep_tables(scale, gate_scale, far, monkeypatch):
+    """Far 0: as if every table were too steep for the bound that the pipeline takes."""
+    monkeypatch.setattr(posjax.kernels.tpu.pipeline, "_FAR", far)
+    sizes = TpuBlocks(128, 256, 768, rows=64)
+    monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
+    case = dataclasses.replace(CASE, queries=100, keys=900, positions=40)
+    inputs, params = problem(case)
+
+    def loss(inputs, table, implementation):
+        bias = posjax.ContextualBias(table, gate_bias=jnp.float32(-2.0), gate_scale=gate_scale)
+        return jnp.sum(
+            jnp.sin(
+                posjax.dot_product_attention(
+                    **inputs, bias=bias, scale=scale, is_causal=True, implementation=implementation,
+                    query_positions=jnp.arange(800, 900),
+                )
+            )
+        )  # fmt: skip
+
+    gradients = jax.value_and_grad(loss, argnums=(0, 1))
+    want = gradients(inputs, params["table"], "reference")
+    got = gradients(inputs, params["table"], "tpu")
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        atol = tolerances.GRADIENT["float32"] * max(1.0, float(jnp.max(jnp.abs(w))))
+        np.testing.assert_allclose(g, w, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("size", [64, 80, 96, 256])

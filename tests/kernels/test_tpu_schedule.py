@@ -2,8 +2,10 @@
 
 Schedules differ between versions of libtpu, so each has a file of its own:
 
-    python benchmarks/tpu_schedule.py --chips v5e --contender cope-forward --blocks 256x2048 \
+    python benchmarks/tpu_schedule.py --chips v5e --contender cope-forward --blocks 256x1024 \
         --output benchmarks/results/tpu-schedule-libtpu-VERSION.json
+
+and the same for `--chips v6e --contender cope-backward --blocks 128x1024`.
 """
 
 import importlib.metadata
