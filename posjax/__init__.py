@@ -4,11 +4,13 @@ import importlib
 from typing import Any
 
 from posjax.attention import dot_product_attention, implementations_used
-from posjax.biases.base import ArrayBias, Bias, BiasSum, RelativeBias
+from posjax.biases.base import ArrayBias, Bias
 from posjax.biases.contextual import ContextualBias
 from posjax.biases.products import ProductBias, SinusoidBias
+from posjax.biases.relative import RelativeBias
 from posjax.biases.running import ForgettingBias, StickBreakingBias
 from posjax.biases.tables import ClippedTableBias, MultiplierBias
+from posjax.biases.total import BiasSum
 
 __all__ = [
     "ArrayBias",

@@ -14,6 +14,7 @@ import hypothesis
 import jax
 import jaxtyping
 import matplotlib
+import numpy as np
 import pytest
 
 import tests.typecheck
@@ -62,6 +63,13 @@ def forget_what_was_compiled():
     """Compiled programs of all modules together would take many GB."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def same_draws(request):
+    """A module's RANDOM starts anew for each test, whatever this process ran before."""
+    if hasattr(request.module, "RANDOM"):
+        request.module.RANDOM = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias, BiasSum, RelativeBias
+from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
+from posjax.biases.relative import RelativeBias
+from posjax.biases.total import addends
 from posjax.kernels import blockwise
 from posjax.kernels.blocks import TpuBlocks, blockwise_sizes, tpu_generation, tpu_sizes
 from posjax.kernels.tpu import counting, relative
@@ -34,7 +36,8 @@ def unsupported(query: Array, bias: Bias | None, mask: Mask) -> str | None:
         return f"query has dtype {query.dtype}; the TPU kernels take float32 and bfloat16"
     if mask.array is not None:
         return "an explicit mask array has no block that the TPU kernels could leave out"
-    for part in _parts(bias):
+    parts = addends(bias)
+    for part in parts:
         if isinstance(part, RelativeBias) and not part.distance_only:
             name = getattr(part.function, "__name__", type(part.function).__name__)
             return f"RelativeBias without distance_only (its function is {name}) has no TPU kernel"
@@ -45,16 +48,9 @@ def unsupported(query: Array, bias: Bias | None, mask: Mask) -> str | None:
                 'direction="forward" counts from the far end, and the TPU kernels start at the '
                 "query"
             )
-    if sum(isinstance(part, ContextualBias) for part in _parts(bias)) > 1:
+    if sum(isinstance(part, ContextualBias) for part in parts) > 1:
         return "a sum of several ContextualBias has no TPU kernel"
     return None
-
-
-def _parts(bias: Bias | None) -> list[Bias]:
-    """The descriptions that are added up."""
-    if isinstance(bias, BiasSum):
-        return [one for part in bias.parts for one in _parts(part)]
-    return [] if bias is None else [bias]
 
 
 def attention(
@@ -83,7 +79,7 @@ def attention(
     if reason is not None:
         raise NotImplementedError(f'{reason}; use implementation="xla".')
     lengths = query.shape[1], key.shape[1]
-    relatives = [part for part in _parts(bias) if isinstance(part, RelativeBias)]
+    relatives = _relatives(bias)
     blocks = tpu_sizes(*lengths, relative=bool(relatives)) if blocks is None else blocks
     run = functools.partial(_by_kernels, scale=scale, blocks=blocks)
     if not relatives:
@@ -101,6 +97,10 @@ def attention(
     return jax.lax.cond(regular, run, instead, query, key, value, bias, mask)
 
 
+def _relatives(bias: Bias | None) -> list[RelativeBias]:
+    return [part for part in addends(bias) if isinstance(part, RelativeBias)]
+
+
 def _by_kernels(
     query: Array,
     key: Array,
@@ -113,9 +113,8 @@ def _by_kernels(
 ) -> Array:
     length, keys = query.shape[1], key.shape[1]
     padding = -length % blocks.query, -keys % blocks.key
-    parts = _parts(bias)
-    relatives = [part for part in parts if isinstance(part, RelativeBias)]
-    bias = next((part for part in parts if isinstance(part, ContextualBias)), None)
+    relatives = _relatives(bias)
+    bias = next((part for part in addends(bias) if isinstance(part, ContextualBias)), None)
     if scale == 0 and bias is not None and bias.gate_scale and bias.gate_key is None:
         # Gates come from the scaled products of query and key, of which nothing is left here.
         bias = dataclasses.replace(bias, gate_key=key)

@@ -30,6 +30,8 @@ __all__ = ["count_on", "scratch_shapes"]
 
 # Crossings for which the pipeline has code without an inner loop.
 _FEW = 2
+# The sums that stage 2 leaves for each of them.
+_OWN = tuple(f"own_{rank}" for rank in range(_FEW))
 
 
 def scratch_shapes(plan: Plan, dtype: jnp.dtype) -> dict:
@@ -41,9 +43,6 @@ def scratch_shapes(plan: Plan, dtype: jnp.dtype) -> dict:
     shapes |= dict.fromkeys(("weights", "ddots"), pltpu.VMEM(held.shape, held.dtype))
     names = ("behind", "lane_total", "lane_moment", "lane_slopes", *_OWN)
     return shapes | dict.fromkeys(names, narrow)
-
-
-_OWN = tuple(f"own_{rank}" for rank in range(_FEW))
 
 
 def count_on(block: Block, low: Array, high: Array) -> None:

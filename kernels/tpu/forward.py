@@ -96,40 +96,22 @@ def _kernel(plan: Plan, layout: Layout, ranges: Ranges, numbers, inputs, outputs
     def _():
         _begin(block, i)
 
-    span = ranges.span(numbers, b, i)
-    inside = lambda low, high: (  # noqa: E731
-        jnp.maximum(low, start),
-        jnp.minimum(high, start + layout.part_blocks - 1),
-    )
+    span, end = ranges.span(numbers, b, i), start + layout.part_blocks - 1
+    inside = lambda low, high: (jnp.maximum(low, start), jnp.minimum(high, end))  # noqa: E731
 
     def side(number, _):
         """On the right the masked blocks and then the full ones; on the left the masked ones."""
         right = number == 0
-        low, high = inside(
+        masked_low, masked_high = inside(
             jnp.where(right, span.full_last + 1, span.first),
             jnp.where(right, span.last, span.full_first - 1),
         )
         full_low, full_high = inside(
             span.full_first, jnp.where(right, span.full_last, span.full_first - 1)
         )
-        more = lambda index: (  # noqa: E731
-            right & (index >= full_low) & pipeline.is_not_for(block) & ~pipeline.is_finished(block)
-        )
-        more = more if plan.contextual is not None else lambda index: False
-        tile = functools.partial(_tile, block)
-        index = jax.lax.while_loop(
-            lambda index: (index >= low) | more(index),
-            lambda index: tile(index, masked=True, counts=True),
-            high,
-        )
-        full_high = jnp.minimum(full_high, index)
-        if plan.contextual is not None and not plan.relative:
-            full_high = pipeline.count_on(block, full_high, full_low)
-        jax.lax.while_loop(
-            lambda index: index >= full_low,
-            lambda index: tile(index, masked=False, counts=False),
-            full_high,
-        )
+        further = jnp.where(right, full_low, masked_low)
+        index = _careful_tiles(block, masked_high, masked_low, further)
+        _full_tiles(block, jnp.minimum(full_high, index), full_low)
 
     jax.lax.fori_loop(0, 2, side, None)
 
@@ -152,6 +134,29 @@ def _begin(block: Block, i: Array) -> None:
     scratch["carry"][...] = jnp.where(row < plan.queries, -HALF, never)
     scratch["saved"][...] = jnp.full(scratch["saved"].shape, never, jnp.float32)
     tiles.fill_tables(plan, inputs, scratch)
+
+
+def _careful_tiles(block: Block, high: Array, low: Array, further: Array) -> Array:
+    """The blocks high ... low with their masks; the block to go on with.
+
+    Down to `further` as long as there is something to count that the pipeline cannot.
+    """
+    going_on = lambda index: index >= low  # noqa: E731
+    if block.plan.contextual is not None:
+        stop = jnp.where(pipeline.suits(block), low, further)
+        going_on = lambda index: (  # noqa: E731
+            (index >= low) | (index >= stop) & ~pipeline.is_finished(block)
+        )
+    step = functools.partial(_tile, block, masked=True, counts=True)
+    return jax.lax.while_loop(going_on, step, high)
+
+
+def _full_tiles(block: Block, high: Array, low: Array) -> None:
+    """The blocks high ... low, of which every query sees every key."""
+    if block.plan.contextual is not None and not block.plan.relative:
+        high = pipeline.count_on(block, high, low)
+    step = functools.partial(_tile, block, masked=False, counts=False)
+    jax.lax.while_loop(lambda index: index >= low, step, high)
 
 
 def _tile(block: Block, index: Array, *, masked: bool, counts: bool) -> Array:

@@ -29,7 +29,7 @@ from posjax.kernels.tpu.softmax import Block, add_values, save_carry
 from posjax.kernels.tpu.tiles import Counted, Tile
 from posjax.types import Array, Bool
 
-__all__ = ["count_on", "is_finished", "is_not_for", "scratch_shapes"]
+__all__ = ["count_on", "is_finished", "scratch_shapes", "suits"]
 
 # By how much, in units of ln 2, the bound of a row's largest logit may exceed it.
 _FAR = 64.0
@@ -46,9 +46,9 @@ def scratch_shapes(plan: Plan, dtype: jnp.dtype) -> dict:
     return shapes | {"weights": pltpu.VMEM(held.shape, held.dtype)}
 
 
-def is_not_for(block: Block) -> bool | Bool[Array, ""]:
-    """Whether the bound of the softmax's maximum may be too far from it."""
-    return block.plan.relative or jnp.max(block.scratch["spread"][...]) > _FAR
+def suits(block: Block) -> bool | Bool[Array, ""]:
+    """Whether the bound of the softmax's maximum is near enough to it."""
+    return not block.plan.relative and jnp.max(block.scratch["spread"][...]) <= _FAR
 
 
 def is_finished(block: Block) -> Bool[Array, ""]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.biases.base import RelativeBias
+from posjax.biases.relative import RelativeBias
 from posjax.kernels.blocks import TpuBlocks
 from posjax.kernels.tpu.plan import LANES, LN2, LOG2E, Plan
 from posjax.kernels.tpu.registers import chunks, join, rolled

@@ -2,7 +2,9 @@
 
 | file       | descriptions                                                                        |
 |------------|-------------------------------------------------------------------------------------|
-| base       | what a description is; an array, a function of two positions, a sum                 |
+| base       | what a description is; an array                                                     |
+| relative   | a function of two positions                                                         |
+| total      | a sum of descriptions                                                               |
 | contextual | Contextual Position Encoding: a count of gates                                      |
 | running    | forget gates and stick-breaking: other sums along the keys                          |
 | tables     | trained vectors and factors of the relative position, for keys, queries and values  |

@@ -5,7 +5,7 @@ from typing import Self
 
 import jax.numpy as jnp
 
-from posjax.biases.base import RelativeBias
+from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num, PyTree
 

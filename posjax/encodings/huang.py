@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.biases.base import BiasSum, RelativeBias
+from posjax.biases.relative import RelativeBias
 from posjax.biases.tables import ClippedTableBias, MultiplierBias
+from posjax.biases.total import BiasSum
 from posjax.encodings.base import PositionEncoding
 from posjax.positions import LengthError
 from posjax.types import Array, Float, Num, PyTree

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import RelativeBias
+from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.t5 import check_shared
 from posjax.types import Array, Float, Num

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import RelativeBias
 from posjax.biases.products import sinusoid_frequencies
+from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num, PyTree
 

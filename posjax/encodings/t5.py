@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.biases.base import RelativeBias
+from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Int, Num, PyTree
 
