@@ -6,9 +6,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 __all__ = [
     "Blocks",
+    "GpuBlocks",
     "TpuBlocks",
     "blockwise_sizes",
     "fastest_tpu_sizes",
+    "gpu_sizes",
     "tpu_generation",
     "tpu_sizes",
     "tpu_vmem",
@@ -25,6 +27,30 @@ class Blocks:
     def __post_init__(self):
         if self.query < 1 or self.key < 1:
             raise ValueError(f"block sizes must be positive, not {self.query=} {self.key=}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuBlocks:
+    """Sizes and choices for `kernels.gpu`; which are fastest only a GPU can tell.
+
+    Args:
+        key: keys that are fetched at a time.
+        count: keys over which one product sums gates; divides `key`.
+        stages: blocks of keys in shared memory.
+        packed: half precision tables with one load for each key, or float32 with a load of two
+            words; see `kernels.gpu.tables`.
+    """
+
+    key: int = 128
+    count: int = 64
+    stages: int = 2
+    packed: bool = True
+
+    def __post_init__(self):
+        if self.count not in (64, 128) or self.key % self.count or self.key < 1:
+            raise ValueError(f"{self.count=} must be 64 or 128 and divide {self.key=}.")
+        if self.stages < 1:
+            raise ValueError(f"{self.stages=}; it must be at least 1.")
 
 
 def blockwise_sizes(queries: int, keys: int) -> Blocks:
@@ -92,6 +118,16 @@ def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
     memory = min(fastest.memory // key * key, _rounded(keys, key))
     rows = fastest.rows if fastest.rows and query % fastest.rows == 0 else None
     return TpuBlocks(query, key, memory, rows)
+
+
+def gpu_sizes(size: int, positions: int) -> GpuBlocks:
+    """Sizes for `kernels.gpu`, by head size and rows of the table.
+
+    Chosen by machine code (benchmarks/gpu_code.py), not by a run.
+    """
+    if size > 64:
+        return GpuBlocks()
+    return GpuBlocks(count=128, packed=positions > 64)
 
 
 def tpu_generation() -> int | None:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from posjax.types import Array, Float, Num
 
-__all__ = ["MASKED", "Softmax", "dots", "transposed_sum", "weighted_sum", "widened"]
+__all__ = ["LN2", "LOG2E", "MASKED", "Softmax", "dots", "transposed_sum", "weighted_sum", "widened"]
 
+LN2 = 0.6931471805599453
+LOG2E = 1 / LN2
 # A finite stand-in for minus infinity: differences of two masked logits stay finite.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 

@@ -15,19 +15,18 @@ from posjax.biases.relative import RelativeBias
 from posjax.biases.total import addends
 from posjax.kernels import blockwise
 from posjax.kernels.blocks import TpuBlocks, blockwise_sizes, tpu_generation, tpu_sizes
+from posjax.kernels.common import LOG2E
+from posjax.kernels.padding import padded
+from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.kernels.tpu import counting, relative
 from posjax.kernels.tpu.backward import backward
 from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.gradients import unit
-from posjax.kernels.tpu.plan import LANES, LOG2E, Contextual, Plan, Ranges, interleave, walk_ranges
-from posjax.masks import Mask, Side
+from posjax.kernels.tpu.plan import LANES, Contextual, Plan, interleave
+from posjax.masks import Mask
 from posjax.types import Array, Num
 
 __all__ = ["attention", "unsupported"]
-
-# Positions and segments of padding: no query stands so far, and no real token has these ids.
-_FAR = 2**30
-_NO_QUERY, _NO_KEY = -(2**31), -(2**31) + 1
 
 
 def unsupported(query: Array, bias: Bias | None, mask: Mask) -> str | None:
@@ -118,7 +117,7 @@ def _by_kernels(
     if scale == 0 and bias is not None and bias.gate_scale and bias.gate_key is None:
         # Gates come from the scaled products of query and key, of which nothing is left here.
         bias = dataclasses.replace(bias, gate_key=key)
-    positions, mask = mask, _padded(mask, *padding)
+    positions, mask = mask, padded(mask, *padding)
     plan = Plan(
         scale=scale,
         blocks=blocks,
@@ -129,12 +128,12 @@ def _by_kernels(
         contextual=_contextual(query, bias, scale, blocks),
         relative=bool(relatives),
     )
-    numbers = walk_ranges(mask, plan)
+    numbers = walk_ranges(mask, blocks.query, blocks.key)
     arrays = _same_heads(_heads_first(plan, padding, query, key, value, bias))
     arrays |= {} if bias is None else _tables(plan, bias, query.shape[2])
     if relatives:
-        padded = length + padding[0], keys + padding[1]
-        arrays["strips"] = relative.strips(relatives, positions, plan, *padded)
+        lengths = length + padding[0], keys + padding[1]
+        arrays["strips"] = relative.strips(relatives, positions, plan, *lengths)
     output = _attention(plan, numbers.batch, arrays, numbers.flat, _sides(plan, mask))
     return jnp.swapaxes(output, 1, 2)[:, :length]
 
@@ -153,31 +152,6 @@ def _contextual(
         newton=narrow and tpu_generation() in (4, 5),
         own_gate_key=bias.gate_key is not None,
         gate_bias=bias.gate_bias is not None,
-    )
-
-
-def _padded(mask: Mask, queries: int, keys: int) -> Mask:
-    """The mask with padding that nothing sees: by its position or by its segment."""
-
-    def side(real: Side, amount: int, position: int | None, segment: int) -> Side:
-        width = ((0, 0), (0, amount))
-        positions = real.positions.astype(jnp.int32)
-        if position is None:
-            positions = jnp.pad(positions, width, mode="edge")
-        else:
-            positions = jnp.pad(positions, width, constant_values=position)
-        ids = real.segment_ids
-        if ids is None and keys and not mask.is_causal:
-            ids = jnp.zeros((1, real.length), jnp.int32)
-        if ids is not None:
-            ids = jnp.pad(ids.astype(jnp.int32), width, constant_values=segment)
-        return Side(positions, ids)
-
-    return Mask(
-        side(mask.query, queries, None, _NO_QUERY),
-        side(mask.key, keys, _FAR if mask.is_causal else None, _NO_KEY),
-        is_causal=mask.is_causal,
-        window=mask.window,
     )
 
 

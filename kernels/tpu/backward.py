@@ -24,11 +24,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.kernels.common import LN2
+from posjax.kernels.ranges import Ranges, Span
 from posjax.kernels.tpu import backward_pipeline, counting, gradients, relative, tables, tiles
 from posjax.kernels.tpu.counting import HALF
 from posjax.kernels.tpu.gradients import Block
 from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
-from posjax.kernels.tpu.plan import LANES, LN2, Plan, Ranges, Span
+from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.registers import (
     TN,
     matmul,

@@ -22,10 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.common import MASKED
+from posjax.kernels.ranges import Ranges, Span
 from posjax.kernels.tpu import pipeline, registers, relative, tables, tiles
 from posjax.kernels.tpu.counting import HALF
 from posjax.kernels.tpu.layout import Indices, Layout, compiler_params
-from posjax.kernels.tpu.plan import LANES, Plan, Ranges, Span
+from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.softmax import Block, add_values, save_carry, weigh
 from posjax.types import Array
 

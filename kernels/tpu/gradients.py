@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.kernels.common import LN2
 from posjax.kernels.tpu import counting, relative, tiles
 from posjax.kernels.tpu.counting import LaneSums
-from posjax.kernels.tpu.plan import LANES, LN2, Plan
+from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.registers import NT, added, chunks, join, matmul, over_lanes
 from posjax.kernels.tpu.tiles import Chunks, Counted, Tile
 from posjax.types import Array

@@ -1,30 +1,21 @@
-"""What the kernels know when they are compiled, and which blocks they walk over."""
+"""What the kernels know when they are compiled."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from posjax.kernels.blocks import TpuBlocks
-from posjax.masks import Mask
-from posjax.types import Array, Int
+from posjax.types import Array
 
 __all__ = [
     "LANES",
-    "LN2",
-    "LOG2E",
     "Contextual",
     "Plan",
-    "Ranges",
-    "Span",
     "interleave",
-    "walk_ranges",
 ]
 
 # Lanes of a vector register.
 LANES = 128
-LN2 = 0.6931471805599453
-LOG2E = 1 / LN2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,51 +93,3 @@ def interleave(x: Array, axis: int, plan: Plan) -> Array:
     shape = x.shape
     split = (*shape[:axis], -1, LANES, plan.chunks, *shape[axis + 1 :])
     return jnp.swapaxes(x.reshape(split), axis + 1, axis + 2).reshape(shape)
-
-
-class Span(NamedTuple):
-    """The blocks of keys that one block of queries walks over, from `last` leftwards to `first`.
-
-    Those from full_first to full_last are visible as a whole, others may be masked in parts. Where
-    none is full, full_last is first - 1 and full_first is first; where none is visible, last is
-    first - 1.
-    """
-
-    first: Int[Array, ""]
-    full_first: Int[Array, ""]
-    full_last: Int[Array, ""]
-    last: Int[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranges:
-    """The spans of all blocks of queries, in one flat array."""
-
-    flat: Int[Array, "numbers"]
-    batch: int
-    blocks: int
-
-    def span(self, numbers, batch: Int[Array, ""], block: Int[Array, ""]) -> Span:
-        """The span of a block of queries; `numbers` is where `flat` can be read."""
-        row = batch if self.batch > 1 else 0
-        return Span(*(numbers[(row * 4 + field) * self.blocks + block] for field in range(4)))
-
-
-def walk_ranges(mask: Mask, plan: Plan) -> Ranges:
-    """The ranges of every block of queries; one row for all of a batch where all are alike."""
-    seen, full = mask.blocks_seen(plan.blocks.query, plan.blocks.key)
-    any_seen, count = jnp.any(seen, axis=2), seen.shape[2]
-    first = jnp.where(any_seen, jnp.argmax(seen, axis=2), 1)
-    last = jnp.where(any_seen, count - 1 - jnp.argmax(seen[:, :, ::-1], axis=2), 0)
-    index = jnp.arange(count)[None, None, :]
-    full_last = jnp.max(jnp.where(full, index, -1), axis=2)
-    # The run of full blocks that ends there begins behind the last block that is not full.
-    broken = jnp.where(full | (index > full_last[:, :, None]), -1, index)
-    full_first = jnp.max(broken, axis=2) + 1
-    none = full_last < 0
-    full_first, full_last = (
-        jnp.where(none, first, full_first),
-        jnp.where(none, first - 1, full_last),
-    )
-    stacked = jnp.stack([first, full_first, full_last, last], axis=1).astype(jnp.int32)
-    return Ranges(stacked.reshape(-1), stacked.shape[0], stacked.shape[2])

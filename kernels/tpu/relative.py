@@ -21,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.biases.relative import RelativeBias
 from posjax.kernels.blocks import TpuBlocks
-from posjax.kernels.tpu.plan import LANES, LN2, LOG2E, Plan
+from posjax.kernels.common import LN2, LOG2E
+from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.registers import chunks, join, rolled
 from posjax.masks import Mask
 from posjax.types import Array, Bool, Float, Int

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.kernels.bits import as_float, as_int, bfloat16_bits, packed_words
 from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.registers import chunks, lane_gather, over_lanes, rolled
 from posjax.types import Array, Float, Int, Num
@@ -32,8 +33,6 @@ __all__ = ["Found", "fill", "look_up", "scratch_shapes"]
 _ROUNDER = 1.5 * 2.0**23
 # Those low bits.
 _NUMBER = 2**22 - 1
-_HIGH = -(2**16)
-_SIGN = -(2**31)
 
 
 class Found(NamedTuple):
@@ -66,10 +65,10 @@ def fill(plan: Plan, scratch: dict, z: Float[Array, "t width"]) -> None:
     if not plan.contextual.packed:
         scratch["middle"][...], scratch["slope"][...] = middle, slope
         return
-    slope = _as_float(_bfloat16_bits(slope) << 16)
-    scratch["word"][...] = _packed(middle, slope)
+    slope = as_float(bfloat16_bits(slope) << 16)
+    scratch["word"][...] = packed_words(middle, slope)
     above, below = (rolled(slope, shift) - slope for shift in (width - 1, 1))
-    scratch["kinks"][...] = _packed(above, below)
+    scratch["kinks"][...] = packed_words(above, below)
 
 
 def look_up(
@@ -101,7 +100,7 @@ def look_up(
 
 def _split(place: Float[Array, "t 128"], mask: int) -> tuple[Int[Array, "t 128"], Array]:
     """The nearest whole number, and the rest between -1/2 and 1/2."""
-    index = _as_int(place + _ROUNDER) & mask
+    index = as_int(place + _ROUNDER) & mask
     # Not place - (rounded - _ROUNDER), which XLA, where it stands in for a TPU, would make 0.
     return index, place - index.astype(jnp.float32)
 
@@ -118,7 +117,7 @@ def _single(
     """One key; also its row and the middle there, less `base`."""
     index, rest = _split(place, LANES - 1)
     both = lane_gather(word, index)
-    middle, slope = _as_float(both) - base, _as_float(both << 16)
+    middle, slope = as_float(both) - base, as_float(both << 16)
     return Found(middle + rest * slope, slope), index, middle
 
 
@@ -129,7 +128,7 @@ def _triple(
     left, place, right = places
     center, index, middle = _single(word, place, base)
     both, slope = lane_gather(kinks, index), center.slope
-    above, below = _as_float(both), _as_float(both << 16)
+    above, below = as_float(both), as_float(both << 16)
     row = index.astype(jnp.float32)
     higher, lower = left - row, right - row
     return [
@@ -161,24 +160,3 @@ def _gather(table: Num[Array, "t width"], index: Int[Array, "t 128"]) -> Num[Arr
     for number, part in enumerate(parts[1:], start=1):
         found = jnp.where(piece == number, lane_gather(part, lane), found)
     return found
-
-
-def _as_int(x: Float[Array, "t n"]) -> Int[Array, "t n"]:
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _as_float(x: Int[Array, "t n"]) -> Float[Array, "t n"]:
-    return jax.lax.bitcast_convert_type(x, jnp.float32)
-
-
-def _packed(whole: Float[Array, "t n"], low: Float[Array, "t n"]) -> Int[Array, "t n"]:
-    """Two numbers in one word: itself, read as a float32, and its low half, as a bfloat16."""
-    bits, low = _as_int(whole), _bfloat16_bits(low)
-    # The high half is what brings the word nearest to the first number.
-    high = jnp.maximum((bits & ~_SIGN) - low + 2**15, 0) & _HIGH
-    return (bits & _SIGN) | high | low
-
-
-def _bfloat16_bits(x: Float[Array, "t n"]) -> Int[Array, "t n"]:
-    """The bits of the nearest bfloat16, in the low half."""
-    return ((_as_int(x) + 2**15) >> 16) & (2**16 - 1)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from posjax.kernels.common import LOG2E
 from posjax.kernels.tpu import counting, tables
-from posjax.kernels.tpu.plan import LOG2E, Plan
+from posjax.kernels.tpu.plan import Plan
 from posjax.kernels.tpu.registers import NT, chunks, matmul, rows_of
 from posjax.types import Array, Bool, Float, Num
 

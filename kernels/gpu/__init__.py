@@ -1,0 +1,1 @@
+"""Attention with Contextual Position Encoding on GPUs (Hopper), in Pallas Mosaic GPU."""

@@ -1,0 +1,219 @@
+"""Attention on GPUs: what is supported, the layout that the kernels want, and gradients.
+
+output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from posjax.biases.base import Bias
+from posjax.biases.contextual import ContextualBias
+from posjax.kernels.blocks import GpuBlocks, gpu_sizes
+from posjax.kernels.common import LN2, LOG2E
+from posjax.kernels.gpu.backward_keys import KEYS, key_gradients
+from posjax.kernels.gpu.backward_queries import HALF, query_gradients
+from posjax.kernels.gpu.forward import forward
+from posjax.kernels.gpu.layout import interpreting
+from posjax.kernels.gpu.plan import GROUPS, ROWS, Contextual, Plan
+from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
+from posjax.kernels.padding import padded
+from posjax.kernels.ranges import Ranges, walk_ranges
+from posjax.masks import Mask
+from posjax.types import Array, Num
+
+__all__ = ["attention", "unsupported"]
+
+_SIZES = (64, 128)
+_MOST_POSITIONS = 128
+
+
+def unsupported(query: Array, value: Array, bias: Bias | None, mask: Mask) -> str | None:
+    """Why these kernels cannot do this, or None where they can."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"query has dtype {query.dtype}; the GPU kernels take bfloat16 and float16"
+    largest = max(query.shape[3], value.shape[3])
+    if largest > _SIZES[-1]:
+        return f"head size {largest} is greater than {_SIZES[-1]}, the largest of the GPU kernels"
+    if mask.array is not None:
+        return "an explicit mask array has no block that the GPU kernels could leave out"
+    if bias is None:
+        return None
+    if not isinstance(bias, ContextualBias):
+        return f"{type(bias).__name__} has no GPU kernel"
+    if bias.num_positions > _MOST_POSITIONS:
+        return f"a table of {bias.num_positions} rows; the GPU kernels take {_MOST_POSITIONS}"
+    if bias.direction == "forward":
+        return 'direction="forward" counts from the far end, and the GPU kernels start at the query'
+    return None
+
+
+def attention(
+    query: Num[Array, "B T N H"],
+    key: Num[Array, "B S K H"],
+    value: Num[Array, "B S K E"],
+    bias: Bias | None,
+    mask: Mask,
+    *,
+    scale: float,
+    blocks: GpuBlocks | None = None,
+) -> Num[Array, "B T N E"]:
+    """Attention by the GPU kernels; a query that may attend to nothing gives 0.
+
+    Args:
+        blocks: None: those of `kernels.blocks`.
+
+    Raises:
+        NotImplementedError: for what `unsupported` names.
+    """
+    reason = unsupported(query, value, bias, mask)
+    if reason is not None:
+        raise NotImplementedError(f'{reason}; use implementation="xla".')
+    size = next(size for size in _SIZES if size >= max(query.shape[3], value.shape[3]))
+    positions = 0 if bias is None else bias.num_positions
+    blocks = gpu_sizes(size, positions) if blocks is None else blocks
+    length, keys = query.shape[1], key.shape[1]
+    padding = -length % (ROWS * GROUPS), -keys % blocks.key
+    mask = padded(mask, *padding)
+    plan = Plan(
+        scale=scale,
+        blocks=blocks,
+        queries=length,
+        is_causal=mask.is_causal,
+        window=mask.window,
+        segments=mask.query.segment_ids is not None,
+        contextual=_contextual(bias, scale),
+        emulated=interpreting(),
+    )
+    ranges = walk_ranges(mask, ROWS, blocks.key)
+    of_keys = walk_ranges(mask, ROWS, KEYS, of_keys=True)
+    arrays = {
+        "query": _padded(query, padding[0], size),
+        "key": _padded(key, padding[1], size),
+        "value": _padded(value, padding[1], size),
+    }
+    if bias is not None:
+        arrays |= _of_bias(query, key, bias, padding, size, scale)
+    numbers = {"ranges": ranges.flat, "key_ranges": of_keys.flat}
+    output = _attention(plan, ranges.batch, arrays, numbers, _sides(plan, mask))
+    return output[:, :length, :, : value.shape[3]]
+
+
+def _contextual(bias: ContextualBias | None, scale: float) -> Contextual | None:
+    if bias is None:
+        return None
+    return Contextual(
+        positions=bias.num_positions,
+        gate_scale=scale if bias.gate_scale is None else bias.gate_scale,
+        own_gate_key=bias.gate_key is not None,
+        gate_bias=bias.gate_bias is not None,
+    )
+
+
+def _padded(x: Array, amount: int, size: int) -> Array:
+    """Zeros after the sequence and after each head's numbers."""
+    return jnp.pad(x, ((0, 0), (0, amount), (0, 0), (0, size - x.shape[3])))
+
+
+def _of_bias(query, key, bias: ContextualBias, padding, size: int, scale: float) -> dict:
+    """The queries' products with the table [B, N, T, P], in units of ln 2, and gates' arrays."""
+    table = bias.table.astype(jnp.float32)
+    table = (table - table[..., -1:, :]) * (bias.bias_scale * LOG2E)
+    heads = query.shape[2]
+    table = jnp.broadcast_to(table, (heads, *table.shape[-2:]))
+    queries = jnp.pad(query, ((0, 0), (0, padding[0]), (0, 0), (0, 0))).astype(jnp.float32)
+    z = jnp.einsum("btnh,nph->bntp", queries, table, precision=jax.lax.Precision.HIGHEST)
+    arrays = {"z": z}
+    if bias.gate_key is not None:
+        arrays["gate_key"] = _padded(bias.gate_key.astype(key.dtype), padding[1], size)
+    if bias.gate_bias is not None:
+        gate_bias = bias.gate_bias.astype(jnp.float32) * LOG2E
+        arrays["gate_bias"] = jnp.broadcast_to(gate_bias, (heads,))
+    return arrays
+
+
+def _sides(plan: Plan, mask: Mask) -> dict[str, Array]:
+    """Positions and segments, [B or 1, length]."""
+    if not plan.restricted:
+        return {}
+    sides = {"query": mask.query, "key": mask.key}
+    found = {f"{name}_positions": side.positions for name, side in sides.items()}
+    if plan.segments:
+        found |= {f"{name}_segments": side.segment_ids for name, side in sides.items()}
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(plan: Plan, rows: int, arrays: dict, numbers: dict, sides: dict) -> Array:
+    return _attention_fwd(plan, rows, arrays, numbers, sides)[0]
+
+
+def _attention_fwd(plan: Plan, rows: int, arrays: dict, numbers: dict, sides: dict):
+    inputs = _inputs(plan, arrays, numbers, sides)
+    if plan.contextual is not None:
+        inputs["lower"] = jnp.tri(plan.blocks.count, dtype=jnp.float16)
+    found = forward(plan, _ranges(rows, numbers["ranges"]), inputs)
+    return found["output"], (arrays, numbers, sides, found)
+
+
+def _inputs(plan: Plan, arrays: dict, numbers: dict, sides: dict) -> dict[str, Array]:
+    """What all kernels read."""
+    inputs = {name: x for name, x in arrays.items() if name != "z"}
+    inputs |= sides | {"ranges": numbers["ranges"]}
+    if plan.contextual is not None:
+        inputs["tables"] = tables(arrays["z"], plan.blocks.packed)
+    return inputs
+
+
+def _ranges(rows: int, numbers: Array) -> Ranges:
+    return Ranges(numbers, rows, numbers.size // (4 * rows))
+
+
+def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
+    arrays, numbers, sides, found = residuals
+    output = found["output"].astype(jnp.float32) + found["rest"].astype(jnp.float32)
+    delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=3)
+    inputs = _inputs(plan, arrays, numbers, sides) | {
+        "cotangent": cotangent,
+        "lse": found["lse"],
+        "delta": jnp.swapaxes(delta, 1, 2),
+    }
+    own = ["carries", "plain"] if plan.contextual is not None else []
+    inputs |= {name: found[name] for name in own}
+    ranges, of_keys = (_ranges(rows, numbers[name]) for name in ("ranges", "key_ranges"))
+    of_queries = query_gradients(plan, ranges, inputs | _constants(plan, HALF))
+    grads = {"query": of_queries["query_gradient"]}
+    if own:
+        grads |= _gradients_of_counts(plan, arrays, of_queries)
+        inputs |= {"prefixes": of_queries["prefixes"]} | _constants(plan, KEYS)
+    inputs["key_ranges"] = numbers["key_ranges"]
+    for wanted in (("key", "value"), ("gate_key",)):
+        if wanted[0] in arrays:
+            made = key_gradients(plan, ranges, of_keys, inputs, wanted)
+            grads |= {name: made[f"{name}_gradient"] for name in wanted}
+    return {name: grads[name].astype(x.dtype) for name, x in arrays.items()}, None, None
+
+
+def _constants(plan: Plan, size: int) -> dict[str, Array]:
+    """Ones that add up keys on the right and on the left; slots that nothing was written to."""
+    if plan.contextual is None:
+        return {}
+    words = slot_words(plan.contextual.positions)
+    return {
+        "lower": jnp.tri(size, dtype=jnp.float16),
+        "upper": jnp.tri(size, dtype=jnp.bfloat16).T,
+        "unwritten": jnp.full((ROWS, words), jnp.nan, jnp.float32),
+    }
+
+
+def _gradients_of_counts(plan: Plan, arrays: dict, found: dict[str, Array]) -> dict[str, Array]:
+    """Of the tables and of the gates' bias."""
+    sums = (found[name] for name in ("slots", "total", "moment"))
+    grads = {"z": table_gradients(*sums, plan.contextual.positions)}
+    if "gate_bias" in arrays:
+        grads["gate_bias"] = jnp.sum(found["gate_bias_gradient"], axis=(0, 2)) * LN2
+    return grads
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)

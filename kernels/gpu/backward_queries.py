@@ -1,0 +1,250 @@
+"""The backward kernel of queries: their gradients, and those of their tables.
+
+It walks from left to right, 64 keys at a time in two halves, because the gradient of a gate is a
+sum over the keys on its left. Inside the 64 keys places come from the right, so that the gates of
+the right half are counted twice.
+
+The gradient of a table adds up dlogits over the keys of each bin. Places fall from key to key by
+less than 1, so each bin's keys are neighbours, and its sums are differences of running sums: where
+the next key lies in a lower bin the sums so far go to the bin's slot. `tables.table_gradients`
+makes the rest of it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from posjax.kernels.gpu.gradients import Counted, Rows, count, gradients, last_column, scan
+from posjax.kernels.gpu.instructions import multiply_into, store_crossings
+from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, with_barriers
+from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
+from posjax.kernels.gpu.tiles import SAVED, Place, Tile, gate_bias
+from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_up
+from posjax.kernels.ranges import Ranges, Span
+from posjax.types import Array, Float
+
+__all__ = ["HALF", "query_gradients"]
+
+# Keys of a tile.
+HALF = SAVED // 2
+# Bytes of a row of them.
+_SWIZZLE = 2 * HALF
+# Before every block of keys.
+_NOWHERE = -1
+
+
+class Walk(NamedTuple):
+    """Sums over the keys so far: of gradients, and in the last four of what needs counts."""
+
+    query: Float[Array, "64 H"]
+    left: Float[Array, "64"] | None
+    total: Float[Array, "64"] | None
+    moment: Float[Array, "64"] | None
+    gate_bias: Float[Array, "64"] | None
+
+
+def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
+    """The query's gradient [B, T, N, H]; with a contextual bias also these.
+
+    `prefixes` [B, N, S / 64, T]: sums of dplace on the left of every 64 keys that count; `slots`
+    [B, N, T, words], `total` and `moment` [B, N, T]: running sums where places cross into a lower
+    bin, and at the end; `gate_bias` [B, N, T]: sums of dx.
+    """
+    batch, length, heads, size = inputs["query"].shape
+    shape = (batch, length, heads, size)
+    outputs = {"query_gradient": jax.ShapeDtypeStruct(shape, inputs["query"].dtype)}
+    groups = GROUPS
+    if plan.contextual is not None:
+        rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+        words = inputs["unwritten"].shape[1]
+        prefixes = (batch, heads, inputs["key"].shape[1] // SAVED, length)
+        outputs |= {
+            "prefixes": jax.ShapeDtypeStruct(prefixes, jnp.float32),
+            "slots": jax.ShapeDtypeStruct((batch, heads, length, words), jnp.float32),
+            **dict.fromkeys(("total", "moment", "gate_bias_gradient"), rows),
+        }
+        # Large tables and slots leave no room for a second warpgroup's.
+        groups = GROUPS if plan.contextual.positions <= 64 else 1
+    return launch(
+        functools.partial(_kernel, plan, ranges, groups),
+        inputs,
+        outputs,
+        grid={"head": heads, "tile": length // (ROWS * groups), "batch": batch},
+        scratch=_scratch(plan, groups, inputs),
+        name="posjax_attention_backward_queries",
+        groups=groups,
+    )
+
+
+def _scratch(plan: Plan, groups: int, inputs: dict[str, Array]) -> dict:
+    dtype, size = inputs["query"].dtype, inputs["query"].shape[3]
+    operand = functools.partial(matrix, swizzle=_SWIZZLE)
+    own = dict.fromkeys(("query", "cotangent"), operand((groups, ROWS, size), dtype))
+    constants = {}
+    if plan.contextual is not None:
+        shapes = {"tables": inputs["tables"].shape[3], "slots": inputs["unwritten"].shape[1]}
+        own |= {n: plgpu.SMEM((groups, ROWS, words), jnp.float32) for n, words in shapes.items()}
+        constants["lower"] = operand((HALF, HALF), jnp.float16)
+        constants["upper"] = operand((HALF, HALF), jnp.bfloat16)
+    passing = dict.fromkeys(fetched(plan), operand((_stages(size), HALF, size), dtype))
+    return with_barriers(own=own, constants=constants, passing=passing, groups=groups)
+
+
+def _stages(size: int) -> int:
+    """Halves in shared memory, as many as there is room for."""
+    return 3 if size > 64 else 4
+
+
+def _kernel(plan: Plan, ranges: Ranges, groups: int, refs: Refs, scratch: Refs) -> None:
+    batch, head, group = (jax.lax.axis_index(name) for name in ("batch", "head", "group"))
+    tile = refs["query"].shape[1] // (ROWS * groups) - 1 - jax.lax.axis_index("tile")
+    pairs = plan.blocks.key // SAVED
+    spans = [
+        _in_pairs(ranges.span(refs["ranges"], batch, tile * groups + g), pairs)
+        for g in range(groups)
+    ]
+    high = functools.reduce(jnp.maximum, [span.last for span in spans])
+    low = functools.reduce(jnp.minimum, [span.first for span in spans])
+    ring = Ring(plan, scratch, fetched(plan), _stages(refs["query"].shape[3]), 2 * low, 1)
+
+    @pl.when(group == groups)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        ring.fetch(2 * jnp.maximum(high - low + 1, 0), keys_of(refs, batch, head, HALF))
+
+    @pl.when(group < groups)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        span = Span(
+            *(jnp.where(group == 0, a, b) for a, b in zip(spans[0], spans[-1], strict=True))
+        )
+        place = Place(batch, head, (tile * groups + group) * ROWS, jnp.int32(0))
+        queries = Queries(plan, refs, scratch, group, place, ring, gate_bias(plan, refs, head))
+        _compute(queries, span, high, low)
+
+
+def _in_pairs(span: Span, pairs: int) -> Span:
+    """From blocks of `TpuBlocks.key` keys to 64 keys."""
+    first, full_first, full_last, last = span
+    end = pairs - 1
+    return Span(first * pairs, full_first * pairs, full_last * pairs + end, last * pairs + end)
+
+
+def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
+    """All of one warpgroup."""
+    plan, size = queries.plan, queries.refs["query"].shape[3]
+    own = plan.contextual is not None
+    queries.fetch_own(["query", "cotangent"], ["tables"] * own, ["lower", "upper"] * own)
+    if own:
+        queries.fill("slots", "unwritten")
+    zero = per_row(0.0) if own else None
+    walk = Walk(
+        plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
+        *[zero] * 4,
+    )
+    first = queries.tile(jnp.int32(0), 0, HALF)
+    rows = Rows(first.per_query("lse"), first.per_query("delta"), None)
+    careful, band, plain = (
+        functools.partial(_pair, queries, rows, counts=counts and own, masked=masked)
+        for counts, masked in ((True, True), (True, False), (False, False))
+    )
+    last_plain = span.full_last
+    if own:
+        pairs = plan.blocks.key // SAVED
+        last_plain = queries.number("plain") * pairs + pairs - 1
+
+    def side(number, loop):
+        """On the left of the full ones and over them; on the right of them; the rest."""
+        choose = lambda a, b, c: jnp.where(number == 0, a, jnp.where(number == 1, b, c))  # noqa: E731
+        loop = loop_up(choose(span.first - 1, _NOWHERE, high), _skip(queries.ring), loop)
+        loop = loop_up(choose(span.full_first - 1, span.last, _NOWHERE), careful, loop)
+        full = choose(span.full_last, _NOWHERE, _NOWHERE)
+        loop = loop_up(jnp.minimum(full, last_plain), plain, loop)
+        return loop_up(full, band, loop) if own else loop
+
+    _, walk = jax.lax.fori_loop(0, 3, side, (low, walk))
+    queries.send("query_gradient", walk.query.astype(queries.refs["query"].dtype))
+    if own:
+        queries.save("total", walk.total)
+        queries.save("moment", walk.moment)
+        queries.save("gate_bias_gradient", walk.gate_bias)
+        queries.send_rows("slots")
+
+
+def _skip(ring: Ring):
+    def body(index, walk):
+        return ring.skip(2 * index + 1, ring.skip(2 * index, walk))
+
+    return body
+
+
+def _pair(
+    queries: Queries, rows: Rows, index: Array, walk: Walk, *, counts: bool, masked: bool
+) -> Walk:
+    """64 keys, the left half first."""
+    ring = queries.ring
+    left, right = (queries.tile(2 * index + n, 0, HALF) for n in range(2))
+    ring.wait(ring.names, 2 * index)
+    ring.wait(ring.names, 2 * index + 1)
+    places = [None, None]
+    if counts:
+        left.save("prefixes", walk.left, index)
+        saved = left.per_query("carries", index)
+        allowed = right.allowed() if masked else None
+        gates = right.gates(_gate_dots(right), allowed)
+        places = [right.left(right.places(gates, saved)), saved]
+    for number, (tile, place) in enumerate(zip((left, right), places, strict=True)):
+        walk = _half(tile, rows, walk, place, masked)
+        ring.release(ring.names, 2 * index + number)
+    return walk
+
+
+def _gate_dots(tile: Tile) -> Array:
+    own = tile.plan.contextual.own_gate_key
+    return tile.dots("query", "gate_key" if own else "key")
+
+
+def _half(tile: Tile, rows: Rows, walk: Walk, place: Array | None, masked: bool) -> Walk:
+    plan, dtype = tile.plan, tile.operands["key"].dtype
+    multiply = functools.partial(multiply_into, emulated=plan.emulated)
+    allowed = tile.allowed() if masked else None
+    dots = tile.dots("query", "key")
+    if place is None:
+        found = gradients(tile, dots, None, rows, allowed)
+        dlogits = (found.dlogits * plan.scale).astype(dtype)
+        return walk._replace(query=multiply(walk.query, dlogits, tile.operands["key"]))
+    contextual = plan.contextual
+    counted = count(tile, _gate_dots(tile) if contextual.own_gate_key else dots, place, allowed)
+    found = gradients(tile, dots, counted, rows._replace(left=walk.left), allowed)
+    total, moment = _table_sums(tile, counted, found.dlogits, walk)
+    scaled, of_gates = found.dlogits * plan.scale, found.dx * contextual.gate_scale
+    if contextual.own_gate_key:
+        query = multiply(walk.query, scaled.astype(dtype), tile.operands["key"])
+        query = multiply(query, of_gates.astype(dtype), tile.operands["gate_key"])
+    else:
+        query = multiply(walk.query, (scaled + of_gates).astype(dtype), tile.operands["key"])
+    gate_sum = walk.gate_bias
+    if contextual.gate_bias:
+        gate_sum = gate_sum + jnp.sum(found.dx, axis=1)
+    return Walk(query, found.left, total, moment, gate_sum)
+
+
+def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tuple[Array, Array]:
+    """Running sums of dlogits and of dlogits times where in their bin, to slots and onward."""
+    contextual = tile.plan.contextual
+    inside = jnp.where(counted.places < contextual.finished, dlogits, 0.0)
+    totals = scan(tile, inside, walk.total)
+    moments = scan(tile, inside * counted.values.fraction, walk.moment)
+    store_crossings(
+        tile.operands["slots"],
+        jnp.minimum(counted.places, contextual.last),
+        counted.gates,
+        totals,
+        moments,
+        emulated=tile.plan.emulated,
+    )
+    return last_column(totals), last_column(moments)

@@ -1,0 +1,263 @@
+"""Steps of the kernels that Pallas has no name for, and what its interpreter cannot run.
+
+Each has two forms: machine instructions, and `emulated`, which the interpreter on a CPU runs. The
+first is checked by compilers, and by the tests on a GPU; everything around by the interpreter.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from posjax.types import Array, Float, Num
+
+__all__ = [
+    "MAGIC",
+    "ROW_PADDING",
+    "load",
+    "multiply_into",
+    "multiply_transposed_into",
+    "products",
+    "reciprocal",
+    "store_crossings",
+    "table_values",
+]
+
+# Adding it to a number of less than 2^22 leaves the nearest whole number in the last bits.
+MAGIC = 1.5 * 2.0**23
+_MAGIC_BITS = 0x4B400000
+# Words between the rows of a table beyond its length: rows in step then lie in different banks.
+ROW_PADDING = 4
+# mlir: shared memory.
+_SHARED = 3
+
+
+def load(ref, layout) -> Array:
+    """A whole reference, in registers of a layout."""
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def products(a, b, shape: tuple[int, int]) -> Float[Array, "m n"]:
+    """A @ b of two references in shared memory."""
+
+    def multiply(total):
+        plgpu.wgmma(total, a, b)
+        return total[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def multiply_into(
+    total: Float[Array, "m n"], a: Num[Array, "m k"], b, *, emulated: bool
+) -> Float[Array, "m n"]:
+    """Total + a @ b, with `a` in registers and `b` in shared memory."""
+    if emulated:
+        return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
+
+
+def multiply_transposed_into(
+    total: Float[Array, "m n"], a, b, *, emulated: bool
+) -> Float[Array, "m n"]:
+    """Total + a^T @ b, both in shared memory."""
+    if emulated:
+        return total + jnp.dot(a[...].T, b[...], preferred_element_type=jnp.float32)
+    multiply = lambda ref: plgpu.wgmma(ref, a.transpose((1, 0)), b)  # noqa: E731
+    return pl.run_state(multiply)(plgpu.ACC.init(total))
+
+
+def reciprocal(x: Float[Array, "m n"], *, emulated: bool) -> Float[Array, "m n"]:
+    """1 / x, good to the last bit but one."""
+    if emulated:
+        return 1.0 / x
+
+    @_per_element(x.shape, arrays=1, outputs=1)
+    def inverse(ctx, value, row):
+        f32 = ir.F32Type.get()
+        return (llvm.inline_asm(f32, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f"),)
+
+    return inverse(x)[0]
+
+
+def table_values(
+    table, place: Float[Array, "m n"], *, packed: bool, emulated: bool
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"], Float[Array, "m n"]]:
+    """The bias at each place, its slope, and the place less that of the middle of its bin.
+
+    Args:
+        table: [m, words] in shared memory, as `tables` makes them.
+        place: counts less 1/2, within the table.
+        packed: see `tables`.
+    """
+    if emulated:
+        return _read(table[...], place, packed)
+
+    @_per_element(place.shape, arrays=1, outputs=3, reference=True)
+    def look_up(ctx, rows, value, row):
+        del ctx
+        return _look_up(rows, value, row, packed)
+
+    return look_up(table, place)
+
+
+def store_crossings(
+    slots,
+    place: Float[Array, "m n"],
+    gate: Float[Array, "m n"],
+    total: Float[Array, "m n"],
+    moment: Float[Array, "m n"],
+    *,
+    emulated: bool,
+) -> None:
+    """Writes (total, moment) to the slot of each bin that has its last key here.
+
+    The next key's place is less by the gate. Where rounding disagrees with the place that it has, a
+    slot may stay unwritten or be written by its neighbour, whose numbers differ by one key's.
+
+    Args:
+        slots: [m, words] in shared memory, two words for each bin.
+    """
+    gate = gate.astype(jnp.float16).astype(jnp.float32)
+    if emulated:
+        slots[...] = _crossed(slots[...], place, gate, total, moment)
+        return
+
+    @_per_element(place.shape, arrays=4, outputs=0, reference=True)
+    def store(ctx, rows, *values):
+        del ctx
+        place, gate, total, moment, row = values
+        pointer, fraction = _entry(rows, place, row, 8)
+        limit = arith.addf(fraction, arith.constant(ir.F32Type.get(), 0.5))
+        address = llvm.ptrtoint(_i32(), pointer)
+        code = "{.reg .pred p; setp.gt.f32 p, $0, $1; @p st.shared.v2.f32 [$2], {$3, $4};}"
+        operands = [gate, limit, address, total, moment]
+        llvm.inline_asm(None, operands, code, "f,f,r,f,f", has_side_effects=True)
+        return ()
+
+    store(slots, place, gate, total, moment)
+
+
+def _crossed(slots: Array, place: Array, gate: Array, total: Array, moment: Array) -> Array:
+    """The same in jnp."""
+    bin_ = jnp.round(place)
+    bins = jax.lax.broadcasted_iota(jnp.float32, (1, 1, slots.shape[1] // 2), 2)
+    here = (gate > place - bin_ + 0.5)[:, :, None] & (bin_[:, :, None] == bins)
+    written = jnp.any(here, axis=1)
+    pick = lambda x: jnp.sum(jnp.where(here, x[:, :, None], 0.0), axis=1)  # noqa: E731
+    found = jnp.stack([pick(total), pick(moment)], axis=-1).reshape(slots.shape)
+    return jnp.where(jnp.repeat(written, 2, axis=1), found, slots)
+
+
+def _read(table: Array, place: Array, packed: bool) -> tuple[Array, Array, Array]:
+    """The same in jnp."""
+    bin_ = jnp.round(place).astype(jnp.int32)
+    if packed:
+        word = jnp.take_along_axis(table, bin_, axis=1)
+        slope = jax.lax.bitcast_convert_type(
+            jax.lax.bitcast_convert_type(word, jnp.uint32) << 16, jnp.float32
+        )
+        return word + (place - bin_) * slope, slope, place - bin_
+    offset = jnp.take_along_axis(table, 2 * bin_, axis=1)
+    slope = jnp.take_along_axis(table, 2 * bin_ + 1, axis=1)
+    return offset + place * slope, slope, place - bin_
+
+
+def _look_up(rows, place: ir.Value, row: ir.Value, packed: bool) -> tuple[ir.Value, ...]:
+    """One place: its address from the bits of place + MAGIC, one load, one or two fused sums."""
+    size = 4 if packed else 8
+    pointer, fraction = _entry(rows, place, row, size)
+    f32, fma = ir.F32Type.get(), llvm.intr_fma
+    if packed:
+        word = llvm.load(f32, pointer)
+        bits = arith.shli(arith.bitcast(_i32(), word), _whole(16))
+        slope = arith.bitcast(f32, bits)
+        return fma(fraction, slope, word), slope, fraction
+    pair = llvm.load(ir.VectorType.get((2,), f32), pointer, alignment=8)
+    offset, slope = (_element(pair, n) for n in range(2))
+    return fma(place, slope, offset), slope, fraction
+
+
+def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
+    """Where the entry of a place is, `size` bytes each, and where in its bin the place lies."""
+    stride = ir.MemRefType(rows.type).shape[-1] * 4
+    start = llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(rows))
+    start = arith.addi(start, _whole(_wrapped(-size * _MAGIC_BITS)))
+    start = arith.addi(start, arith.muli(arith.index_cast(_i32(), row), _whole(stride)))
+    magic = arith.constant(ir.F32Type.get(), MAGIC)
+    moved = arith.addf(place, magic)
+    address = arith.addi(start, arith.muli(arith.bitcast(_i32(), moved), _whole(size)))
+    fraction = arith.subf(place, arith.subf(moved, magic))
+    return llvm.inttoptr(llvm.PointerType.get(_SHARED), address), fraction
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _whole(n: int) -> ir.Value:
+    return arith.constant(_i32(), n)
+
+
+def _wrapped(n: int) -> int:
+    """As a signed number of 32 bits."""
+    return (n + 2**31) % 2**32 - 2**31
+
+
+def _element(x: ir.Value, n: int) -> ir.Value:
+    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([n]))
+
+
+def _per_element(
+    shape: tuple[int, int], *, arrays: int, outputs: int, reference: bool = False
+) -> Callable[..., Callable[..., tuple[Array, ...]]]:
+    """A decorator: a function of one number (of each array) and its row becomes one of arrays."""
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+
+    def decorate(function):
+        @plgpu.inline_mgpu(
+            arg_types=(*[plgpu.RefType()] * reference, *[layout] * arrays),
+            return_type=(result,) * outputs if outputs else None,
+        )
+        def run(ctx, *operands):
+            taken = functools.partial(function, ctx, *operands[:reference])
+            found = tuple(_map_registers(taken, operands[reference:], outputs))
+            return found or None
+
+        return run
+
+    return decorate
+
+
+def _map_registers(function, arrays, outputs: int) -> list:
+    """The function on every number that this thread holds."""
+    first = arrays[0]
+    found = [np.empty_like(first.registers) for _ in range(outputs)]
+    places = zip(
+        first.layout.thread_idxs(first.shape), np.ndindex(first.registers.shape), strict=True
+    )
+    for (row, _), at in places:
+        kind = first.registers[at].type
+        results = [llvm.mlir_undef(kind) for _ in range(outputs)]
+        for n in range(ir.VectorType(kind).shape[0]):
+            values = function(*(_element(x.registers[at], n) for x in arrays), row)
+            results = [
+                vector.insert(
+                    value, old, dynamic_position=[],
+                    static_position=ir.DenseI64ArrayAttr.get([n]),
+                )
+                for value, old in zip(values, results, strict=True)
+            ]  # fmt: skip
+        for target, result in zip(found, results, strict=True):
+            target[at] = result
+    make = functools.partial(mgpu.FragmentedArray, _layout=first.layout, _is_signed=None)
+    return [make(_registers=registers) for registers in found]

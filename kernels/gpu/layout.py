@@ -1,0 +1,132 @@
+"""Shared memory, barriers, and how the kernels are started."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from posjax.kernels.gpu.plan import GROUPS, ROWS
+from posjax.types import Array, Num
+
+__all__ = [
+    "Barriers",
+    "Refs",
+    "interpreted",
+    "interpreting",
+    "launch",
+    "matrix",
+    "per_row",
+    "row_layout",
+    "with_barriers",
+]
+
+# References by name.
+Refs = dict
+_params: contextvars.ContextVar = contextvars.ContextVar("params", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(params) -> Iterator[None]:
+    """Kernels that are started inside run in Pallas's interpreter, with these parameters.
+
+    Args:
+        params: `plgpu.InterpretGPUParams` (jax 0.11 or newer).
+    """
+    token = _params.set(params)
+    try:
+        yield
+    finally:
+        _params.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in the interpreter."""
+    return _params.get() is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Barriers:
+    """`count` barriers, each passed after `arrivals`."""
+
+    count: int
+    arrivals: int = 1
+
+    def make(self) -> plgpu.Barrier:
+        """As Pallas wants it."""
+        return plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.count)
+
+
+def matrix(shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int = 128) -> plgpu.SMEM:
+    """Shared memory for operands of matrix instructions.
+
+    Args:
+        swizzle: bytes within which hardware shuffles it, so that the rows of a tile do not meet in
+            a bank; no more than a tile has keys.
+    """
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def row_layout():
+    """Layout of a number for each query."""
+    return plgpu.Layout.WGMMA.reduce(1)
+
+
+def per_row(value: float | Array, dtype: jnp.dtype = jnp.float32) -> Num[Array, "64"]:
+    """The same number for each query."""
+    return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), row_layout())
+
+
+def with_barriers(*, own: dict, constants: dict, passing: dict, groups: int = GROUPS) -> dict:
+    """Shared memory, and the barriers that tell when it is full, and when it is free again.
+
+    Args:
+        own: each warpgroup's part, first axis.
+        constants: what all share.
+        passing: rings, first axis the stages.
+    """
+    shapes = own | constants | passing
+    count = {name: 1 for name in constants} | {
+        name: x.shape[0] for name, x in (own | passing).items()
+    }
+    full = {f"{name}_full": Barriers(count[name]) for name in shapes}
+    free = {f"{name}_free": Barriers(count[name], arrivals=groups) for name in passing}
+    return shapes | full | free
+
+
+def launch(
+    kernel: Callable[[Refs, Refs], None],
+    inputs: dict[str, Array],
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    *,
+    grid: dict[str, int],
+    scratch: dict,
+    name: str,
+    groups: int = GROUPS,
+) -> dict[str, Array]:
+    """Runs `kernel(references, scratch)` with the axis "group" for the warpgroups."""
+    names = [*inputs, *outputs]
+    made = {n: x.make() if isinstance(x, Barriers) else x for n, x in scratch.items()}
+
+    def body(*refs):
+        named = dict(zip(names, refs, strict=True))
+        pl.run_scoped(lambda **scratch: kernel(named, scratch), collective_axes="group", **made)
+
+    run = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=groups + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=_params.get(),
+        kernel_name=name,
+    )
+    return dict(zip(outputs, run(*inputs.values()), strict=True))

@@ -1,0 +1,61 @@
+"""What the GPU kernels know when they are compiled."""
+
+import dataclasses
+
+from posjax.kernels.blocks import GpuBlocks
+
+__all__ = ["GROUPS", "ROWS", "Contextual", "Plan"]
+
+# Queries of a warpgroup: the rows of its matrix instructions.
+ROWS = 64
+# Warpgroups that compute; one more fetches.
+GROUPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Contextual:
+    """The static part of a contextual bias.
+
+    `positions` is P; `gate_scale` multiplies products of query and (gate) key.
+    """
+
+    positions: int
+    gate_scale: float
+    own_gate_key: bool
+    gate_bias: bool
+
+    @property
+    def last(self) -> float:
+        """The place (count less 1/2) at which every count of P - 1 or more stands.
+
+        It lies in the table's last bin, whose bias and slope are 0.
+        """
+        return self.positions - 1.25
+
+    @property
+    def finished(self) -> float:
+        """The place from which on the bias is 0."""
+        return self.positions - 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one call; arrays are padded to whole blocks.
+
+    `queries` is the number of real queries; `emulated` tells that the interpreter runs the kernels,
+    see `instructions`.
+    """
+
+    scale: float
+    blocks: GpuBlocks
+    queries: int
+    is_causal: bool
+    window: tuple[int, int] | None
+    segments: bool
+    contextual: Contextual | None
+    emulated: bool = False
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some query may not attend to some key."""
+        return self.is_causal or self.window is not None or self.segments

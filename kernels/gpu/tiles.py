@@ -1,0 +1,153 @@
+"""What forward and backward kernels do with a tile of 64 queries and some keys."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from posjax.kernels.common import LOG2E
+from posjax.kernels.gpu import instructions
+from posjax.kernels.gpu.layout import Refs, per_row, row_layout
+from posjax.kernels.gpu.plan import ROWS, Plan
+from posjax.types import Array, Bool, Float, Int
+
+__all__ = ["SAVED", "Place", "Tile", "Values", "along_rows", "first_place", "gate_bias"]
+
+# Keys between two places that are kept for the backward pass.
+SAVED = 64
+# Columns of a tile that lie in one thread's first registers.
+_FIRST = 8
+
+
+def along_rows(x: Float[Array, "m"], shape: tuple[int, int]) -> Float[Array, "m n"]:
+    """A number for each row, in every column."""
+    return jax.lax.broadcast_in_dim(x, shape, [0])
+
+
+def gate_bias(plan: Plan, refs: Refs, head: Array) -> Float[Array, ""] | None:
+    """That of the head, in units of ln 2."""
+    if plan.contextual is None or not plan.contextual.gate_bias:
+        return None
+    return refs["gate_bias"][head]
+
+
+class Place(NamedTuple):
+    """Where a tile stands: number in the batch, query's head, first query, first key."""
+
+    batch: Int[Array, ""]
+    head: Int[Array, ""]
+    query: Int[Array, ""]
+    key: Int[Array, ""]
+
+
+class Values(NamedTuple):
+    """Of the table, at the places of a tile; `fraction` is where in its bin a place lies."""
+
+    bias: Float[Array, "64 n"]
+    slope: Float[Array, "64 n"]
+    fraction: Float[Array, "64 n"]
+
+
+def first_place(plan: Plan, row: Int[Array, ""]) -> Float[Array, "64"]:
+    """A count of 0; queries of padding have nothing to count, so that no walk waits for them."""
+    rows = row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout())
+    return jnp.where(rows < plan.queries, per_row(-0.5), per_row(plan.contextual.last))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """64 queries and some keys.
+
+    `refs` are the kernel's arguments, `operands` the tile's own parts in shared memory: query, key,
+    value and, where there are any, gate_key, tables, cotangent, lower, upper.
+    """
+
+    plan: Plan
+    refs: Refs
+    operands: Refs
+    place: Place
+    size: int
+    gate_bias: Float[Array, ""] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries, keys."""
+        return ROWS, self.size
+
+    def dots(self, rows: str, columns: str) -> Float[Array, "64 n"]:
+        """Products of two operands."""
+        b = self.operands[columns].transpose((1, 0))
+        return instructions.products(self.operands[rows], b, self.shape)
+
+    def allowed(self) -> Bool[Array, "64 n"]:
+        """Which query sees which key."""
+        plan, found = self.plan, []
+        distance = self._row("query_positions") - self._column("key_positions")
+        if plan.is_causal:
+            found.append(distance >= 0)
+        if plan.window is not None:
+            left, right = plan.window
+            found += [distance <= left, distance >= -right]
+        if plan.segments:
+            found.append(self._row("query_segments") == self._column("key_segments"))
+        both = found[0]
+        for one in found[1:]:
+            both = both & one
+        return both
+
+    def per_query(self, name: str, *index: Array) -> Array:
+        """A number for each query, of [B, N, (index), T]."""
+        at = (self.place.batch, self.place.head, *index, pl.ds(self.place.query, ROWS))
+        return instructions.load(self.refs[name].at[at], row_layout())
+
+    def save(self, name: str, x: Array, *index: Array) -> None:
+        """Writes what `per_query` reads."""
+        at = (self.place.batch, self.place.head, *index, pl.ds(self.place.query, ROWS))
+        self.refs[name][at] = x
+
+    def _row(self, name: str) -> Array:
+        return along_rows(
+            instructions.load(self._side(name, self.place.query, ROWS), row_layout()), self.shape
+        )
+
+    def _column(self, name: str) -> Array:
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        columns = instructions.load(self._side(name, self.place.key, self.size), layout)
+        return jax.lax.broadcast_in_dim(columns, self.shape, [1])
+
+    def _side(self, name: str, start: Array, size: int):
+        ref = self.refs[name]
+        return ref.at[self.place.batch if ref.shape[0] > 1 else 0, pl.ds(start, size)]
+
+    def gates(self, dots: Float[Array, "64 n"], allowed: Array | None) -> Float[Array, "64 n"]:
+        """The gates, of products of queries and (gate) keys."""
+        exponent = dots * (-self.plan.contextual.gate_scale * LOG2E)
+        if self.gate_bias is not None:
+            exponent = exponent - self.gate_bias
+        gates = instructions.reciprocal(1.0 + jnp.exp2(exponent), emulated=self.plan.emulated)
+        return gates if allowed is None else jnp.where(allowed, gates, 0.0)
+
+    def places(
+        self, gates: Float[Array, "64 n"], right: Float[Array, "64"]
+    ) -> Float[Array, "64 n"]:
+        """Counts less 1/2: sums of gates from the right on, beginning with `right`."""
+        lower = self.operands["lower"]
+        if self.size < lower.shape[0]:
+            lower = lower.at[: self.size, : self.size]
+        start = along_rows(right, self.shape)
+        narrow = gates.astype(jnp.float16)
+        return instructions.multiply_into(start, narrow, lower, emulated=self.plan.emulated)
+
+    def left(self, places: Float[Array, "64 n"], start: int = 0) -> Float[Array, "64"]:
+        """The place on the left of key `start`: places fall to the right."""
+        return jnp.max(places[:, start : start + _FIRST], axis=1)
+
+    def table_values(self, places: Float[Array, "64 n"]) -> Values:
+        """Bias, slope and fraction; beyond the end of the table both are 0."""
+        inside = jnp.minimum(places, self.plan.contextual.last)
+        packed, emulated = self.plan.blocks.packed, self.plan.emulated
+        tables = self.operands["tables"]
+        return Values(*instructions.table_values(tables, inside, packed=packed, emulated=emulated))
