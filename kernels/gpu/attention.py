@@ -13,8 +13,9 @@ from posjax.biases.contextual import ContextualBias
 from posjax.kernels.blocks import GpuBlocks, gpu_sizes
 from posjax.kernels.common import LN2, LOG2E
 from posjax.kernels.gpu.backward_keys import KEYS, key_gradients
-from posjax.kernels.gpu.backward_queries import HALF, query_gradients
+from posjax.kernels.gpu.backward_queries import query_gradients
 from posjax.kernels.gpu.forward import forward
+from posjax.kernels.gpu.gradients import GATE_UNIT, HALF
 from posjax.kernels.gpu.layout import interpreting
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Contextual, Plan
 from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
@@ -180,13 +181,13 @@ def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
         "delta": jnp.swapaxes(delta, 1, 2),
     }
     own = ["carries", "plain"] if plan.contextual is not None else []
-    inputs |= {name: found[name] for name in own}
+    inputs |= {name: found[name] for name in own} | _constants(plan)
     ranges, of_keys = (_ranges(rows, numbers[name]) for name in ("ranges", "key_ranges"))
-    of_queries = query_gradients(plan, ranges, inputs | _constants(plan, HALF))
+    of_queries = query_gradients(plan, ranges, inputs)
     grads = {"query": of_queries["query_gradient"]}
     if own:
         grads |= _gradients_of_counts(plan, arrays, of_queries)
-        inputs |= {"prefixes": of_queries["prefixes"]} | _constants(plan, KEYS)
+        inputs["prefixes"] = of_queries["prefixes"]
     inputs["key_ranges"] = numbers["key_ranges"]
     for wanted in (("key", "value"), ("gate_key",)):
         if wanted[0] in arrays:
@@ -195,14 +196,14 @@ def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
     return {name: grads[name].astype(x.dtype) for name, x in arrays.items()}, None, None
 
 
-def _constants(plan: Plan, size: int) -> dict[str, Array]:
+def _constants(plan: Plan) -> dict[str, Array]:
     """Ones that add up keys on the right and on the left; slots that nothing was written to."""
     if plan.contextual is None:
         return {}
     words = slot_words(plan.contextual.positions)
     return {
-        "lower": jnp.tri(size, dtype=jnp.float16),
-        "upper": jnp.tri(size, dtype=jnp.bfloat16).T,
+        "lower": jnp.tri(HALF, dtype=jnp.float16),
+        "upper": jnp.tri(HALF, dtype=jnp.bfloat16).T,
         "unwritten": jnp.full((ROWS, words), jnp.nan, jnp.float32),
     }
 
@@ -212,7 +213,7 @@ def _gradients_of_counts(plan: Plan, arrays: dict, found: dict[str, Array]) -> d
     sums = (found[name] for name in ("slots", "total", "moment"))
     grads = {"z": table_gradients(*sums, plan.contextual.positions)}
     if "gate_bias" in arrays:
-        grads["gate_bias"] = jnp.sum(found["gate_bias_gradient"], axis=(0, 2)) * LN2
+        grads["gate_bias"] = jnp.sum(found["gate_bias_gradient"], axis=(0, 2)) * (LN2 * GATE_UNIT)
     return grads
 
 

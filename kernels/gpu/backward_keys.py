@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.kernels.gpu.gradients import Gradients, Rows, count, gradients
+from posjax.kernels.gpu.gradients import (
+    HALF,
+    Gradients,
+    Rows,
+    gradients_of,
+    of_gates,
+    of_keys,
+    places_of_halves,
+    unit,
+)
 from posjax.kernels.gpu.instructions import multiply_transposed_into
 from posjax.kernels.gpu.layout import Refs, launch, matrix, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
@@ -42,7 +51,7 @@ def key_gradients(
         of_queries: the blocks of keys of every 64 queries, as the forward kernel walked over them.
         of_keys: the blocks of 64 queries that see every 64 keys.
     """
-    batch, keys, heads, size = inputs[wanted[0]].shape
+    batch, keys, heads, _ = inputs[wanted[0]].shape
     outputs = {
         f"{name}_gradient": jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype)
         for name in wanted
@@ -71,15 +80,16 @@ def _has_gate_key(plan: Plan) -> bool:
 
 def _scratch(plan: Plan, groups: int, inputs: dict[str, Array], wanted: tuple[str, ...]) -> dict:
     dtype, size = inputs["query"].dtype, inputs["query"].shape[3]
-    own = dict.fromkeys(_own(plan), matrix((groups, KEYS, size), dtype))
-    rows = matrix((_STAGES, ROWS, size), dtype)
+    operand = functools.partial(matrix, swizzle=2 * HALF)
+    own = dict.fromkeys(_own(plan), operand((groups, KEYS, size), dtype))
+    rows = operand((_STAGES, ROWS, size), dtype)
     constants, passing = {}, dict.fromkeys(("query", "cotangent"), rows)
     if plan.contextual is not None:
         passing["tables"] = plgpu.SMEM((_STAGES, ROWS, inputs["tables"].shape[3]), jnp.float32)
-        constants["lower"] = matrix((KEYS, KEYS), jnp.float16)
-        constants["upper"] = matrix((KEYS, KEYS), jnp.bfloat16)
+        constants["lower"] = operand((HALF, HALF), jnp.float16)
+        constants["upper"] = operand((HALF, HALF), jnp.bfloat16)
     scratch = with_barriers(own=own, constants=constants, passing=passing, groups=groups)
-    turned = matrix((groups, ROWS, KEYS), dtype)
+    turned = operand((groups, ROWS, KEYS), dtype)
     return scratch | {f"{name}_weights": turned for name in wanted}
 
 
@@ -191,61 +201,59 @@ class _Keys:
         own = jax.lax.div(self.number * KEYS, self.plan.blocks.key)
         return (own >= span.full_first) & (own <= last)
 
-    def _tile(self, index: Array, head: Array, row: Array) -> Tile:
-        slot = self.ring.slot(index)
+    def _half(self, index: Array, head: Array, row: Array, number: int) -> Tile:
+        """Half of the keys: registers hold no more beside the sums."""
+        slot, keys = self.ring.slot(index), pl.ds(number * HALF, HALF)
         operands = {name: self.scratch[name].at[slot] for name in self.ring.names}
-        operands |= {name: self.scratch[name].at[self.group] for name in _own(self.plan)}
+        operands |= {name: self.scratch[name].at[self.group, keys] for name in _own(self.plan)}
         operands |= {n: self.scratch[n] for n in ("lower", "upper") if n in self.scratch}
-        place = Place(self.batch, head, row, self.number * KEYS)
+        place = Place(self.batch, head, row, self.number * KEYS + number * HALF)
         bias = gate_bias(self.plan, self.refs, head)
-        return Tile(self.plan, self.refs, operands, place, KEYS, bias)
+        return Tile(self.plan, self.refs, operands, place, HALF, bias)
 
     def _add(self, index, head, row, counts: bool, masked: bool, sums):
-        """Adds a tile's part to the sums."""
-        tile, contextual = self._tile(index, head, row), self.plan.contextual
-        allowed = tile.allowed() if masked else None
-        counts = counts and contextual is not None
-        dots, counted, left = tile.dots("query", "key"), None, None
-        if counts:
-            gate_dots = tile.dots("query", "gate_key") if contextual.own_gate_key else dots
-            counted = count(tile, gate_dots, tile.per_query("carries", self.number), allowed)
-            left = tile.per_query("prefixes", self.number)
-        rows = Rows(tile.per_query("lse"), tile.per_query("delta"), left)
-        found = gradients(tile, dots, counted, rows, allowed)
-        parts = {name: self._weights(name, found) for name in self.wanted}
-        if all(part is None for part in parts.values()):
+        """Adds the tile's part to the sums."""
+        halves = [self._half(index, head, row, number) for number in range(2)]
+        counts = counts and self.plan.contextual is not None
+        if not counts and "gate_key" in self.wanted:
             return sums
-        for name, part in parts.items():
-            room = self.scratch[f"{name}_weights"].at[self.group]
-            room[...] = part.astype(room.dtype)
+        places, left = [None, None], None
+        if counts:
+            places = places_of_halves(*halves, self.number, masked)
+            left = halves[0].per_query("prefixes", self.number)
+        lse, delta = (halves[0].per_query(name) for name in ("lse", "delta"))
+        for number, (tile, place) in enumerate(zip(halves, places, strict=True)):
+            found = gradients_of(tile, Rows(lse, delta, left), place, masked)[1]
+            left = found.left
+            for name in self.wanted:
+                room = self._room(name).at[:, number * HALF : (number + 1) * HALF]
+                room[...] = self._weights(name, found).astype(room.dtype)
         plgpu.commit_smem()
-        results = []
-        for name, total in zip(self.wanted, sums, strict=True):
-            room = self.scratch[f"{name}_weights"].at[self.group]
-            rows_of = tile.operands["cotangent" if name == "value" else "query"]
-            results.append(
-                multiply_transposed_into(total, room, rows_of, emulated=self.plan.emulated)
-            )
-        return tuple(results)
+        rows_of = lambda name: halves[0].operands["cotangent" if name == "value" else "query"]  # noqa: E731
+        multiply = functools.partial(multiply_transposed_into, emulated=self.plan.emulated)
+        return tuple(
+            multiply(total, self._room(name), rows_of(name))
+            for name, total in zip(self.wanted, sums, strict=True)
+        )
 
-    def _weights(self, name: str, found: Gradients) -> Float[Array, "64 64"] | None:
+    def _room(self, name: str):
+        return self.scratch[f"{name}_weights"].at[self.group]
+
+    def _weights(self, name: str, found: Gradients) -> Float[Array, "64 32"]:
         """What each row of cotangents or queries is added with."""
-        contextual = self.plan.contextual
         if name == "value":
             return found.weights
-        of_gates = None if found.dx is None else found.dx * contextual.gate_scale
-        if name == "gate_key":
-            return of_gates
-        own = contextual is not None and contextual.own_gate_key
-        scaled = found.dlogits * self.plan.scale
-        return scaled if of_gates is None or own else scaled + of_gates
+        if name == "key":
+            return of_keys(self.plan, found)
+        return of_gates(self.plan, found)
 
     def send(self, sums: tuple[Array, ...]) -> None:
         """Writes the sums through the keys' own shared memory."""
         head = jax.lax.axis_index("key_head")
         for name, total in zip(self.wanted, sums, strict=True):
             room = self.scratch[name].at[self.group]
-            room[...] = total.astype(room.dtype)
+            factor = 1.0 if name == "value" else unit(self.plan)
+            room[...] = (total * factor).astype(room.dtype)
             plgpu.commit_smem()
             target = self.refs[f"{name}_gradient"]
             rows = pl.ds(self.number * KEYS, KEYS)

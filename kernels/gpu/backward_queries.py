@@ -18,7 +18,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.kernels.gpu.gradients import Counted, Rows, count, gradients, last_column, scan
+from posjax.kernels.gpu.gradients import (
+    HALF,
+    Counted,
+    Rows,
+    gradients_of,
+    last_column,
+    of_gates,
+    of_keys,
+    places_of_halves,
+    scan,
+    unit,
+)
 from posjax.kernels.gpu.instructions import multiply_into, store_crossings
 from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
@@ -27,10 +38,8 @@ from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_up
 from posjax.kernels.ranges import Ranges, Span
 from posjax.types import Array, Float
 
-__all__ = ["HALF", "query_gradients"]
+__all__ = ["query_gradients"]
 
-# Keys of a tile.
-HALF = SAVED // 2
 # Bytes of a row of them.
 _SWIZZLE = 2 * HALF
 # Before every block of keys.
@@ -167,7 +176,7 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
         return loop_up(full, band, loop) if own else loop
 
     _, walk = jax.lax.fori_loop(0, 3, side, (low, walk))
-    queries.send("query_gradient", walk.query.astype(queries.refs["query"].dtype))
+    queries.send("query_gradient", (walk.query * unit(plan)).astype(queries.refs["query"].dtype))
     if own:
         queries.save("total", walk.total)
         queries.save("moment", walk.moment)
@@ -193,44 +202,26 @@ def _pair(
     places = [None, None]
     if counts:
         left.save("prefixes", walk.left, index)
-        saved = left.per_query("carries", index)
-        allowed = right.allowed() if masked else None
-        gates = right.gates(_gate_dots(right), allowed)
-        places = [right.left(right.places(gates, saved)), saved]
+        places = places_of_halves(left, right, index, masked)
     for number, (tile, place) in enumerate(zip((left, right), places, strict=True)):
         walk = _half(tile, rows, walk, place, masked)
         ring.release(ring.names, 2 * index + number)
     return walk
 
 
-def _gate_dots(tile: Tile) -> Array:
-    own = tile.plan.contextual.own_gate_key
-    return tile.dots("query", "gate_key" if own else "key")
-
-
 def _half(tile: Tile, rows: Rows, walk: Walk, place: Array | None, masked: bool) -> Walk:
     plan, dtype = tile.plan, tile.operands["key"].dtype
     multiply = functools.partial(multiply_into, emulated=plan.emulated)
-    allowed = tile.allowed() if masked else None
-    dots = tile.dots("query", "key")
-    if place is None:
-        found = gradients(tile, dots, None, rows, allowed)
-        dlogits = (found.dlogits * plan.scale).astype(dtype)
-        return walk._replace(query=multiply(walk.query, dlogits, tile.operands["key"]))
-    contextual = plan.contextual
-    counted = count(tile, _gate_dots(tile) if contextual.own_gate_key else dots, place, allowed)
-    found = gradients(tile, dots, counted, rows._replace(left=walk.left), allowed)
+    counted, found = gradients_of(tile, rows._replace(left=walk.left), place, masked)
+    query = multiply(walk.query, of_keys(plan, found).astype(dtype), tile.operands["key"])
+    if counted is None:
+        return walk._replace(query=query)
+    if plan.contextual.own_gate_key:
+        query = multiply(query, of_gates(plan, found).astype(dtype), tile.operands["gate_key"])
+    if plan.contextual.gate_bias:
+        walk = walk._replace(gate_bias=walk.gate_bias + jnp.sum(found.dx, axis=1))
     total, moment = _table_sums(tile, counted, found.dlogits, walk)
-    scaled, of_gates = found.dlogits * plan.scale, found.dx * contextual.gate_scale
-    if contextual.own_gate_key:
-        query = multiply(walk.query, scaled.astype(dtype), tile.operands["key"])
-        query = multiply(query, of_gates.astype(dtype), tile.operands["gate_key"])
-    else:
-        query = multiply(walk.query, (scaled + of_gates).astype(dtype), tile.operands["key"])
-    gate_sum = walk.gate_bias
-    if contextual.gate_bias:
-        gate_sum = gate_sum + jnp.sum(found.dx, axis=1)
-    return Walk(query, found.left, total, moment, gate_sum)
+    return walk._replace(query=query, left=found.left, total=total, moment=moment)
 
 
 def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tuple[Array, Array]:

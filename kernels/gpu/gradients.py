@@ -1,11 +1,13 @@
 """Gradients of one tile.
 
-With weights w, their gradients dw = cotangent . v, and delta = cotangent . output, natural units:
+With weights w, their gradients dw = cotangent . v, and delta = cotangent . output:
 
     dlogit_j = w_j (dw_j - delta)
     dplace_j = dlogit_j slope_j                        0 from the end of the table on
     dgate_j  = sum of dplace_k over keys k <= j        `left`: of the tiles on the left
     dx_j     = dgate_j gate_j (1 - gate_j)             x: what the gate is the sigmoid of
+
+Tables are in units of ln 2, so dplace, dgate and dx lack a factor ln 2 (`GATE_UNIT`).
 """
 
 from typing import NamedTuple
@@ -15,11 +17,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.common import LN2, LOG2E
 from posjax.kernels.gpu.instructions import multiply_into
-from posjax.kernels.gpu.tiles import Tile, Values, along_rows
+from posjax.kernels.gpu.plan import Plan
+from posjax.kernels.gpu.tiles import SAVED, Tile, Values, along_rows
 from posjax.types import Array, Float
 
-__all__ = ["Counted", "Gradients", "Rows", "count", "gradients", "last_column", "scan"]
+__all__ = [
+    "GATE_UNIT",
+    "HALF",
+    "Counted",
+    "Gradients",
+    "Rows",
+    "gradients_of",
+    "last_column",
+    "of_gates",
+    "of_keys",
+    "places_of_halves",
+    "scan",
+    "unit",
+]
 
+GATE_UNIT = LN2
+# Keys of a tile in the backward kernels.
+HALF = SAVED // 2
 _LAST = 8
 
 
@@ -48,17 +67,42 @@ class Gradients(NamedTuple):
     left: Float[Array, "64"] | None
 
 
-def count(tile: Tile, dots: Array, right: Float[Array, "64"], allowed: Array | None) -> Counted:
-    """Counts again, from the place on the right that the forward kernel kept."""
-    gates = tile.gates(dots, allowed)
-    places = tile.places(gates, right)
-    return Counted(gates, places, tile.table_values(places))
+def places_of_halves(left: Tile, right: Tile, number: Array, masked: bool) -> list[Array]:
+    """The places on the right of both halves of `SAVED` keys.
+
+    The forward kernel kept one; gates of the right half are counted for the other.
+    """
+    saved = right.per_query("carries", number)
+    gates = right.gates(_gate_dots(right), right.allowed() if masked else None)
+    return [right.left(right.places(gates, saved)), saved]
 
 
-def gradients(
+def _gate_dots(tile: Tile) -> Float[Array, "64 n"]:
+    own = tile.plan.contextual.own_gate_key
+    return tile.dots("query", "gate_key" if own else "key")
+
+
+def gradients_of(
+    tile: Tile, rows: Rows, right: Float[Array, "64"] | None, masked: bool
+) -> tuple[Counted | None, Gradients]:
+    """Everything but sums over tiles.
+
+    Args:
+        right: the places on the right; None: nothing counts here.
+    """
+    allowed, counted = tile.allowed() if masked else None, None
+    dots = tile.dots("query", "key")
+    if right is not None:
+        own = tile.plan.contextual.own_gate_key
+        gates = tile.gates(_gate_dots(tile) if own else dots, allowed)
+        places = tile.places(gates, right)
+        counted = Counted(gates, places, tile.table_values(places))
+    return counted, _gradients(tile, dots, counted, rows, allowed)
+
+
+def _gradients(
     tile: Tile, dots: Array, counted: Counted | None, rows: Rows, allowed: Array | None
 ) -> Gradients:
-    """Everything but sums over tiles."""
     logits = dots * (tile.plan.scale * LOG2E)
     if counted is not None:
         logits = logits + counted.values.bias
@@ -68,10 +112,27 @@ def gradients(
     dlogits = weights * (tile.dots("cotangent", "value") - along_rows(rows.delta, tile.shape))
     if counted is None:
         return Gradients(weights, dlogits, None, rows.left)
-    dplaces = dlogits * counted.values.slope * LN2
+    dplaces = dlogits * counted.values.slope
     dgates = scan(tile, dplaces, rows.left)
-    dx = dgates * (counted.gates * (1.0 - counted.gates))
+    dx = dgates * (counted.gates - counted.gates * counted.gates)
     return Gradients(weights, dlogits, dx, last_column(dgates))
+
+
+def unit(plan: Plan) -> float:
+    """What sums of the following are multiplied with in the end."""
+    return plan.scale or 1.0
+
+
+def of_gates(plan: Plan, found: Gradients) -> Float[Array, "64 n"]:
+    """What queries and gate keys are multiplied with, in units of `unit`."""
+    return found.dx * (plan.contextual.gate_scale * GATE_UNIT / unit(plan))
+
+
+def of_keys(plan: Plan, found: Gradients) -> Float[Array, "64 n"]:
+    """What queries and keys are multiplied with, in units of `unit`."""
+    dlogits = found.dlogits if plan.scale else jnp.zeros_like(found.dlogits)
+    shared = found.dx is not None and not plan.contextual.own_gate_key
+    return dlogits + of_gates(plan, found) if shared else dlogits
 
 
 def scan(tile: Tile, x: Float[Array, "64 n"], left: Float[Array, "64"]) -> Float[Array, "64 n"]:
