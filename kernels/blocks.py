@@ -120,14 +120,17 @@ def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
     return TpuBlocks(query, key, memory, rows)
 
 
-def gpu_sizes(size: int, positions: int) -> GpuBlocks:
-    """Sizes for `kernels.gpu`, by head size and rows of the table.
+def gpu_sizes(size: int, positions: int, own_gate_key: bool) -> GpuBlocks:
+    """Sizes for `kernels.gpu`: of what fits, those with fewest instructions.
 
     Chosen by machine code (benchmarks/gpu_code.py), not by a run.
     """
-    if size > 64:
-        return GpuBlocks()
-    return GpuBlocks(count=128, packed=positions > 64)
+    large = positions > 64
+    if size <= 64:
+        return GpuBlocks(count=128, packed=large)
+    if own_gate_key:
+        return GpuBlocks(key=64, stages=2)
+    return GpuBlocks(key=64, stages=3) if large else GpuBlocks()
 
 
 def tpu_generation() -> int | None:

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from posjax.attention import dot_product_attention, implementations_used
+from posjax.attention import dot_product_attention, explain
 from posjax.biases.base import ArrayBias, Bias
 from posjax.biases.contextual import ContextualBias
 from posjax.biases.products import ProductBias, SinusoidBias
@@ -11,6 +11,7 @@ from posjax.biases.relative import RelativeBias
 from posjax.biases.running import ForgettingBias, StickBreakingBias
 from posjax.biases.tables import ClippedTableBias, MultiplierBias
 from posjax.biases.total import BiasSum
+from posjax.choice import implementations_used
 
 __all__ = [
     "ArrayBias",
@@ -26,6 +27,7 @@ __all__ = [
     "StickBreakingBias",
     "__version__",
     "dot_product_attention",
+    "explain",
     "implementations_used",
 ]
 __version__ = "0.1.0"

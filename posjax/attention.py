@@ -1,41 +1,24 @@
 """`posjax.dot_product_attention`: checks its arguments and chooses an implementation."""
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias, as_bias
+from posjax.choice import choose, on_device
 from posjax.kernels import blocks, blockwise, reference, sharding
+from posjax.kernels.gpu.support import unsupported as gpu_unsupported
 from posjax.kernels.tpu import attention as tpu
 from posjax.masks import Mask, Side
 from posjax.types import Array, Bool, Float, Implementation, Int, Num, Window
 
-__all__ = ["dot_product_attention", "implementations_used"]
+__all__ = ["dot_product_attention", "explain"]
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-_used: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("used", default=None)
-
-
-@contextlib.contextmanager
-def implementations_used() -> Iterator[list[str]]:
-    """A list to which every call of `dot_product_attention` inside adds the implementation it took.
-
-    >>> q = jnp.ones((1, 4, 2, 8))
-    >>> with implementations_used() as used:
-    ...     _ = jax.eval_shape(lambda q: dot_product_attention(q, q, q, implementation="xla"), q)
-    >>> used
-    ['xla']
-    """
-    used: list[str] = []
-    token = _used.set(used)
-    try:
-        yield used
-    finally:
-        _used.reset(token)
 
 
 def dot_product_attention(
@@ -78,8 +61,9 @@ def dot_product_attention(
             not seen.
         implementation: "reference" (dense, float32 inside), "xla" (blockwise, O(T) memory, any
             backend), "tpu" (Pallas; no bias, a `ContextualBias`, each `RelativeBias` with
-            `distance_only`, or their sum), "gpu"; None chooses: on TPUs "tpu" where it can and
-            there are at least 128 queries; elsewhere, without bias and with at most `is_causal`,
+            `distance_only`, or their sum), "gpu" (Pallas, Hopper; bfloat16 and float16; no bias or
+            a `ContextualBias`); None chooses: on TPUs "tpu" where it can and there are at least
+            128 queries; elsewhere, without bias and with at most `is_causal`,
             `jax.nn.dot_product_attention`; else "xla". With a `RelativeBias` "tpu" looks at the
             positions when it runs, and is "xla" where they do not rise by one.
 
@@ -95,59 +79,115 @@ def dot_product_attention(
     >>> dot_product_attention(q, k, v, is_causal=True).shape
     (1, 4, 2, 8)
     """
-    _check_arrays(query, key, value)
-    bias = as_bias(bias)
-    if bias is not None:
-        bias.check(query, key, is_causal)
-    batch, length, _, size = query.shape
-    mask = Mask(
-        query=_side("query", batch, length, query_positions, query_segment_ids),
-        key=_side(
-            "key",
-            batch,
-            key.shape[1],
-            key_positions,
-            _key_segments(query_segment_ids, key_segment_ids, length, key.shape[1]),
-        ),
-        array=_checked_mask(mask, query, key),
-        is_causal=is_causal,
-        window=_window(local_window_size),
-    )
-    scale = _checked_scale(scale, size)
-    plain = bias is None and query_positions is None and key_positions is None
-    plain &= key.shape == value.shape
-    chosen = _choose(
-        implementation,
-        jax_can=plain and _only_causal(mask, length == key.shape[1]),
-        tpu_can=length >= 128 and tpu.unsupported(query, bias, mask) is None,
-    )
-    if _used.get() is not None:
-        _used.get().append(chosen)
+    call = _checked(
+        query, key, value, bias, mask, scale, is_causal, query_positions, key_positions,
+        query_segment_ids, key_segment_ids, local_window_size,
+    )  # fmt: skip
+    chosen = choose(implementation, _reasons(call))
+    query, key, value, bias, mask, scale = call
     if chosen == "jax":
         return jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=is_causal)
     if chosen == "reference":
         return reference.attention(query, key, value, bias, mask, scale=scale)
-    if chosen == "tpu":
-        run = functools.partial(tpu.attention, scale=scale)
-    else:
-        sizes = blocks.blockwise_sizes(length, key.shape[1])
-        run = functools.partial(blockwise.attention, scale=scale, blocks=sizes)
-    return sharding.over_mesh(run, query, key, value, bias, mask, opaque=chosen == "tpu")
+    run = functools.partial(_kernel(chosen, query, key), scale=scale)
+    opaque = chosen in ("tpu", "gpu")
+    return sharding.over_mesh(run, query, key, value, bias, mask, opaque=opaque)
 
 
-def _choose(implementation: str | None, *, jax_can: bool, tpu_can: bool) -> str:
-    if implementation is None:
-        if tpu_can and jax.default_backend() == "tpu":
-            return "tpu"
-        return "jax" if jax_can else "xla"
-    if implementation == "gpu":
-        raise NotImplementedError(
-            f'implementation="{implementation}" is not part of this version; use None or "xla".'
-        )
-    if implementation not in ("reference", "xla", "tpu"):
-        names = 'None, "reference", "xla", "tpu" or "gpu"'
-        raise ValueError(f"implementation is {implementation!r}; it must be {names}.")
-    return implementation
+def explain(*arguments: Any, **settings: Any) -> str:
+    """Which implementation `dot_product_attention` takes for these arguments, and why no other.
+
+    Args:
+        arguments: as those of `dot_product_attention`; shapes and dtypes are enough for query, key
+            and value (`jax.ShapeDtypeStruct`).
+        settings: likewise.
+
+    Returns:
+        Lines of text; the first one names the implementation.
+
+    Raises:
+        What `dot_product_attention` raises.
+
+    >>> q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    >>> print(explain(q, q, q, local_window_size=7).splitlines()[0])
+    xla
+    """
+    given = inspect.signature(dot_product_attention).bind(*arguments, **settings)
+    given.apply_defaults()
+    implementation = given.arguments.pop("implementation")
+    call = _checked(**given.arguments)
+    reasons = _reasons(call)
+    chosen = choose(implementation, reasons)
+    others = [f"not {name}: {why}" for name, why in reasons.items() if why and name != chosen]
+    return "\n".join([chosen, *others])
+
+
+class _Call(NamedTuple):
+    """Arguments that were found right."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Bias | None
+    mask: Mask
+    scale: float
+
+
+def _checked(
+    query, key, value, bias, mask, scale, is_causal, query_positions, key_positions,
+    query_segment_ids, key_segment_ids, local_window_size,
+) -> _Call:  # fmt: skip
+    _check_arrays(query, key, value)
+    bias = as_bias(bias)
+    if bias is not None:
+        bias.check(query, key, is_causal)
+    batch, length, keys = query.shape[0], query.shape[1], key.shape[1]
+    key_segment_ids = _key_segments(query_segment_ids, key_segment_ids, length, keys)
+    mask = Mask(
+        query=_side("query", batch, length, query_positions, query_segment_ids),
+        key=_side("key", batch, keys, key_positions, key_segment_ids),
+        array=_checked_mask(mask, query, key),
+        is_causal=is_causal,
+        window=_window(local_window_size),
+        placed=query_positions is not None or key_positions is not None,
+    )
+    return _Call(query, key, value, bias, mask, _checked_scale(scale, query.shape[3]))
+
+
+def _reasons(call: _Call) -> dict[str, str | None]:
+    """Why each implementation is not taken by itself; None for those that could be."""
+    query, _, value, bias, mask, _ = call
+    return {
+        "tpu": tpu.unsupported(query, bias, mask) or on_device("tpu", query.shape[1]),
+        "gpu": gpu_unsupported(query, value, bias, mask) or on_device("gpu", query.shape[1]),
+        "jax": _not_plain(call),
+        "xla": None,
+        "reference": "it is dense, for tests",
+    }
+
+
+def _not_plain(call: _Call) -> str | None:
+    """Why `jax.nn.dot_product_attention` is not the same."""
+    mask = call.mask
+    if call.bias is not None:
+        return f"{type(call.bias).__name__} is not for jax.nn.dot_product_attention"
+    if call.key.shape != call.value.shape:
+        return f"values have a size of their own, {call.value.shape[3]}"
+    if mask.placed or not _only_causal(mask, call.query.shape[1] == call.key.shape[1]):
+        return "there is more than is_causal, on equal lengths, that restricts attention"
+    return None
+
+
+def _kernel(name: str, query: Array, key: Array) -> Callable[..., Array]:
+    if name == "tpu":
+        return tpu.attention
+    if name == "gpu":
+        # Its compiler takes a while to import.
+        from posjax.kernels.gpu.attention import attention
+
+        return attention
+    sizes = blocks.blockwise_sizes(query.shape[1], key.shape[1])
+    return functools.partial(blockwise.attention, blocks=sizes)
 
 
 def _only_causal(mask: Mask, square: bool) -> bool:

@@ -56,6 +56,7 @@ class Mask:
         is_causal: a key is seen only from its own position on (key position <= query position).
         window: (left, right), the farthest key positions seen before and after the query position;
             None: no limit.
+        placed: whether the caller gave positions, which may then be any.
     """
 
     query: Side
@@ -63,6 +64,7 @@ class Mask:
     array: Bool[Array, "#B #N T S"] | None = None
     is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
     window: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+    placed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_trivial(self) -> bool:

@@ -23,12 +23,15 @@ always with this meaning. Query, key and value have the layout of `jax.nn.dot_pr
 
 from typing import Any, Literal
 
-from jax import Array
+from jax import Array, ShapeDtypeStruct
 from jaxtyping import Bool, Float, Int, Num
 
-__all__ = ["Array", "Bool", "Float", "Implementation", "Int", "Num", "PyTree", "Window"]
+__all__ = ["Array", "Bool", "Float", "Implementation", "Int", "Num", "PyTree", "Shaped", "Window"]
 
 PyTree = Any
+
+# What has a shape and a dtype.
+Shaped = Array | ShapeDtypeStruct
 
 # Which code computes attention; None lets `posjax.dot_product_attention` choose.
 Implementation = Literal["reference", "xla", "tpu", "gpu"]

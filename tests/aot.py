@@ -40,6 +40,19 @@ def topology(name: str) -> topologies.TopologyDescription:
     return h200_topology() if name == "h200" else tpu_topology(name)
 
 
+def described(topology: topologies.TopologyDescription):
+    """A context in which kernels see the device that they are compiled for."""
+    device = topology.devices[0]
+    abstract = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind,
+        num_cores=getattr(device, "num_cores", None) or getattr(device, "core_count", 132),
+        platform=device.platform if device.platform == "tpu" else "gpu",
+    )
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    )
+
+
 def compiled(function, topology: topologies.TopologyDescription, *arguments) -> jax.stages.Compiled:
     """The function compiled for the first device, for arguments with these shapes and dtypes."""
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])

@@ -114,3 +114,6 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("not tested: optional packages are missing")
         for name, what in missing.items():
             terminalreporter.line(f"{name}: {what}")
+    if jax.__version_info__ < (0, 11, 2):
+        terminalreporter.section("not tested: jax is too old")
+        terminalreporter.line("numerics of the GPU kernels: their interpreter came with jax 0.11.2")

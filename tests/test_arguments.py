@@ -98,8 +98,3 @@ WRONG = {
 def test_wrong_argument(arguments, words):
     with pytest.raises(ValueError, match=words):
         dot_product_attention(**(GOOD | arguments))
-
-
-def test_implementations_of_later_versions_say_what_to_use():
-    with pytest.raises(NotImplementedError, match=r'"gpu" is not part of this version.*"xla"'):
-        dot_product_attention(**GOOD, implementation="gpu")

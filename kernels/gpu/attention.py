@@ -1,4 +1,4 @@
-"""Attention on GPUs: what is supported, the layout that the kernels want, and gradients.
+"""Attention on GPUs: the layout that the kernels want, and gradients.
 
 output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
 """
@@ -15,39 +15,17 @@ from posjax.kernels.common import LN2, LOG2E
 from posjax.kernels.gpu.backward_keys import KEYS, key_gradients
 from posjax.kernels.gpu.backward_queries import query_gradients
 from posjax.kernels.gpu.forward import forward
-from posjax.kernels.gpu.gradients import GATE_UNIT, HALF
+from posjax.kernels.gpu.gradients import HALF, dx_unit
 from posjax.kernels.gpu.layout import interpreting
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Contextual, Plan
+from posjax.kernels.gpu.support import SIZES, unsupported
 from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
 from posjax.kernels.padding import padded
 from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.masks import Mask
 from posjax.types import Array, Num
 
-__all__ = ["attention", "unsupported"]
-
-_SIZES = (64, 128)
-_MOST_POSITIONS = 128
-
-
-def unsupported(query: Array, value: Array, bias: Bias | None, mask: Mask) -> str | None:
-    """Why these kernels cannot do this, or None where they can."""
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"query has dtype {query.dtype}; the GPU kernels take bfloat16 and float16"
-    largest = max(query.shape[3], value.shape[3])
-    if largest > _SIZES[-1]:
-        return f"head size {largest} is greater than {_SIZES[-1]}, the largest of the GPU kernels"
-    if mask.array is not None:
-        return "an explicit mask array has no block that the GPU kernels could leave out"
-    if bias is None:
-        return None
-    if not isinstance(bias, ContextualBias):
-        return f"{type(bias).__name__} has no GPU kernel"
-    if bias.num_positions > _MOST_POSITIONS:
-        return f"a table of {bias.num_positions} rows; the GPU kernels take {_MOST_POSITIONS}"
-    if bias.direction == "forward":
-        return 'direction="forward" counts from the far end, and the GPU kernels start at the query'
-    return None
+__all__ = ["attention"]
 
 
 def attention(
@@ -71,9 +49,10 @@ def attention(
     reason = unsupported(query, value, bias, mask)
     if reason is not None:
         raise NotImplementedError(f'{reason}; use implementation="xla".')
-    size = next(size for size in _SIZES if size >= max(query.shape[3], value.shape[3]))
-    positions = 0 if bias is None else bias.num_positions
-    blocks = gpu_sizes(size, positions) if blocks is None else blocks
+    size = next(size for size in SIZES if size >= max(query.shape[3], value.shape[3]))
+    if blocks is None:
+        positions = 0 if bias is None else bias.num_positions
+        blocks = gpu_sizes(size, positions, bias is not None and bias.gate_key is not None)
     length, keys = query.shape[1], key.shape[1]
     padding = -length % (ROWS * GROUPS), -keys % blocks.key
     mask = padded(mask, *padding)
@@ -153,7 +132,7 @@ def _attention(plan: Plan, rows: int, arrays: dict, numbers: dict, sides: dict) 
 def _attention_fwd(plan: Plan, rows: int, arrays: dict, numbers: dict, sides: dict):
     inputs = _inputs(plan, arrays, numbers, sides)
     if plan.contextual is not None:
-        inputs["lower"] = jnp.tri(plan.blocks.count, dtype=jnp.float16)
+        inputs["lower"] = _lower(plan, plan.blocks.count)
     found = forward(plan, _ranges(rows, numbers["ranges"]), inputs)
     return found["output"], (arrays, numbers, sides, found)
 
@@ -202,10 +181,15 @@ def _constants(plan: Plan) -> dict[str, Array]:
         return {}
     words = slot_words(plan.contextual.positions)
     return {
-        "lower": jnp.tri(HALF, dtype=jnp.float16),
+        "lower": _lower(plan, HALF),
         "upper": jnp.tri(HALF, dtype=jnp.bfloat16).T,
         "unwritten": jnp.full((ROWS, words), jnp.nan, jnp.float32),
     }
+
+
+def _lower(plan: Plan, size: int) -> Array:
+    """What adds up gates from a key on to the right."""
+    return jnp.tri(size, dtype=jnp.float16) * jnp.float16(plan.contextual.gate_unit)
 
 
 def _gradients_of_counts(plan: Plan, arrays: dict, found: dict[str, Array]) -> dict[str, Array]:
@@ -213,7 +197,9 @@ def _gradients_of_counts(plan: Plan, arrays: dict, found: dict[str, Array]) -> d
     sums = (found[name] for name in ("slots", "total", "moment"))
     grads = {"z": table_gradients(*sums, plan.contextual.positions)}
     if "gate_bias" in arrays:
-        grads["gate_bias"] = jnp.sum(found["gate_bias_gradient"], axis=(0, 2)) * (LN2 * GATE_UNIT)
+        grads["gate_bias"] = jnp.sum(found["gate_bias_gradient"], axis=(0, 2)) * (
+            LN2 * dx_unit(plan)
+        )
     return grads
 
 

@@ -232,10 +232,12 @@ def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tup
     moments = scan(tile, inside * counted.values.fraction, walk.moment)
     store_crossings(
         tile.operands["slots"],
-        jnp.minimum(counted.places, contextual.last),
+        counted.places,
         counted.gates,
         totals,
         moments,
+        last=contextual.last,
+        gate_unit=contextual.gate_unit,
         emulated=tile.plan.emulated,
     )
     return last_column(totals), last_column(moments)

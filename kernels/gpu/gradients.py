@@ -7,7 +7,8 @@ With weights w, their gradients dw = cotangent . v, and delta = cotangent . outp
     dgate_j  = sum of dplace_k over keys k <= j        `left`: of the tiles on the left
     dx_j     = dgate_j gate_j (1 - gate_j)             x: what the gate is the sigmoid of
 
-Tables are in units of ln 2, so dplace, dgate and dx lack a factor ln 2 (`GATE_UNIT`).
+Tables are in units of ln 2, so dplace, dgate and dx lack a factor ln 2; and gates are in units of
+U, so dx lacks that as well (`dx_unit`).
 """
 
 from typing import NamedTuple
@@ -22,11 +23,11 @@ from posjax.kernels.gpu.tiles import SAVED, Tile, Values, along_rows
 from posjax.types import Array, Float
 
 __all__ = [
-    "GATE_UNIT",
     "HALF",
     "Counted",
     "Gradients",
     "Rows",
+    "dx_unit",
     "gradients_of",
     "last_column",
     "of_gates",
@@ -36,7 +37,6 @@ __all__ = [
     "unit",
 ]
 
-GATE_UNIT = LN2
 # Keys of a tile in the backward kernels.
 HALF = SAVED // 2
 _LAST = 8
@@ -114,7 +114,8 @@ def _gradients(
         return Gradients(weights, dlogits, None, rows.left)
     dplaces = dlogits * counted.values.slope
     dgates = scan(tile, dplaces, rows.left)
-    dx = dgates * (counted.gates - counted.gates * counted.gates)
+    gates, gate_unit = counted.gates, tile.plan.contextual.gate_unit
+    dx = dgates * (gates * (1.0 - gate_unit * gates))
     return Gradients(weights, dlogits, dx, last_column(dgates))
 
 
@@ -123,9 +124,14 @@ def unit(plan: Plan) -> float:
     return plan.scale or 1.0
 
 
+def dx_unit(plan: Plan) -> float:
+    """What dx is multiplied with in the end."""
+    return LN2 * plan.contextual.gate_unit
+
+
 def of_gates(plan: Plan, found: Gradients) -> Float[Array, "64 n"]:
     """What queries and gate keys are multiplied with, in units of `unit`."""
-    return found.dx * (plan.contextual.gate_scale * GATE_UNIT / unit(plan))
+    return found.dx * (plan.contextual.gate_scale * dx_unit(plan) / unit(plan))
 
 
 def of_keys(plan: Plan, found: Gradients) -> Float[Array, "64 n"]:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from posjax.kernels.bits import as_float, as_int
 from posjax.types import Array, Float, Num
 
 __all__ = [
@@ -116,41 +117,47 @@ def store_crossings(
     total: Float[Array, "m n"],
     moment: Float[Array, "m n"],
     *,
+    last: float,
+    gate_unit: float,
     emulated: bool,
 ) -> None:
     """Writes (total, moment) to the slot of each bin that has its last key here.
 
-    The next key's place is less by the gate. Where rounding disagrees with the place that it has, a
-    slot may stay unwritten or be written by its neighbour, whose numbers differ by one key's.
+    The next key's place is less by the gate, exactly (see `Contextual.gate_unit`).
 
     Args:
         slots: [m, words] in shared memory, two words for each bin.
+        last: the place that greater ones are cut at.
     """
-    gate = gate.astype(jnp.float16).astype(jnp.float32)
+    following = place - gate.astype(jnp.float16).astype(jnp.float32) * gate_unit
     if emulated:
-        slots[...] = _crossed(slots[...], place, gate, total, moment)
+        slots[...] = _crossed(slots[...], place, following, total, moment, last)
         return
 
     @_per_element(place.shape, arrays=4, outputs=0, reference=True)
     def store(ctx, rows, *values):
         del ctx
-        place, gate, total, moment, row = values
-        pointer, fraction = _entry(rows, place, row, 8)
-        limit = arith.addf(fraction, arith.constant(ir.F32Type.get(), 0.5))
-        address = llvm.ptrtoint(_i32(), pointer)
-        code = "{.reg .pred p; setp.gt.f32 p, $0, $1; @p st.shared.v2.f32 [$2], {$3, $4};}"
-        operands = [gate, limit, address, total, moment]
-        llvm.inline_asm(None, operands, code, "f,f,r,f,f", has_side_effects=True)
+        place, following, total, moment, row = values
+        f32 = ir.F32Type.get()
+        inside = arith.minimumf(place, arith.constant(f32, last))
+        pointer, bin_, _ = _entry(rows, inside, row, 8)
+        moved = arith.addf(following, arith.constant(f32, MAGIC))
+        next_bin, address = arith.bitcast(_i32(), moved), llvm.ptrtoint(_i32(), pointer)
+        code = "{.reg .pred p; setp.lt.s32 p, $0, $1; @p st.shared.v2.f32 [$2], {$3, $4};}"
+        operands = [next_bin, bin_, address, total, moment]
+        llvm.inline_asm(None, operands, code, "r,r,r,f,f", has_side_effects=True)
         return ()
 
-    store(slots, place, gate, total, moment)
+    store(slots, place, following, total, moment)
 
 
-def _crossed(slots: Array, place: Array, gate: Array, total: Array, moment: Array) -> Array:
+def _crossed(
+    slots: Array, place: Array, following: Array, total: Array, moment: Array, last: float
+) -> Array:
     """The same in jnp."""
-    bin_ = jnp.round(place)
+    bin_ = jnp.round(jnp.minimum(place, last))
     bins = jax.lax.broadcasted_iota(jnp.float32, (1, 1, slots.shape[1] // 2), 2)
-    here = (gate > place - bin_ + 0.5)[:, :, None] & (bin_[:, :, None] == bins)
+    here = (jnp.round(following) < bin_)[:, :, None] & (bin_[:, :, None] == bins)
     written = jnp.any(here, axis=1)
     pick = lambda x: jnp.sum(jnp.where(here, x[:, :, None], 0.0), axis=1)  # noqa: E731
     found = jnp.stack([pick(total), pick(moment)], axis=-1).reshape(slots.shape)
@@ -159,22 +166,21 @@ def _crossed(slots: Array, place: Array, gate: Array, total: Array, moment: Arra
 
 def _read(table: Array, place: Array, packed: bool) -> tuple[Array, Array, Array]:
     """The same in jnp."""
-    bin_ = jnp.round(place).astype(jnp.int32)
+    whole = jnp.round(place)
+    bin_, fraction = whole.astype(jnp.int32), place - whole
     if packed:
         word = jnp.take_along_axis(table, bin_, axis=1)
-        slope = jax.lax.bitcast_convert_type(
-            jax.lax.bitcast_convert_type(word, jnp.uint32) << 16, jnp.float32
-        )
-        return word + (place - bin_) * slope, slope, place - bin_
+        slope = as_float(as_int(word) << 16)
+        return word + fraction * slope, slope, fraction
     offset = jnp.take_along_axis(table, 2 * bin_, axis=1)
     slope = jnp.take_along_axis(table, 2 * bin_ + 1, axis=1)
-    return offset + place * slope, slope, place - bin_
+    return offset + place * slope, slope, fraction
 
 
 def _look_up(rows, place: ir.Value, row: ir.Value, packed: bool) -> tuple[ir.Value, ...]:
     """One place: its address from the bits of place + MAGIC, one load, one or two fused sums."""
     size = 4 if packed else 8
-    pointer, fraction = _entry(rows, place, row, size)
+    pointer, _, fraction = _entry(rows, place, row, size)
     f32, fma = ir.F32Type.get(), llvm.intr_fma
     if packed:
         word = llvm.load(f32, pointer)
@@ -186,17 +192,18 @@ def _look_up(rows, place: ir.Value, row: ir.Value, packed: bool) -> tuple[ir.Val
     return fma(place, slope, offset), slope, fraction
 
 
-def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
-    """Where the entry of a place is, `size` bytes each, and where in its bin the place lies."""
+def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, ...]:
+    """Where the entry of a place is, of `size` bytes; its bin in bits; where in it the place is."""
     stride = ir.MemRefType(rows.type).shape[-1] * 4
     start = llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(rows))
     start = arith.addi(start, _whole(_wrapped(-size * _MAGIC_BITS)))
     start = arith.addi(start, arith.muli(arith.index_cast(_i32(), row), _whole(stride)))
     magic = arith.constant(ir.F32Type.get(), MAGIC)
     moved = arith.addf(place, magic)
-    address = arith.addi(start, arith.muli(arith.bitcast(_i32(), moved), _whole(size)))
+    bin_ = arith.bitcast(_i32(), moved)
+    address = arith.addi(start, arith.muli(bin_, _whole(size)))
     fraction = arith.subf(place, arith.subf(moved, magic))
-    return llvm.inttoptr(llvm.PointerType.get(_SHARED), address), fraction
+    return llvm.inttoptr(llvm.PointerType.get(_SHARED), address), bin_, fraction
 
 
 def _i32() -> ir.Type:

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,12 @@ class Barriers:
     count: int
     arrivals: int = 1
 
-    def make(self) -> plgpu.Barrier:
+    def make(self) -> Any:
         """As Pallas wants it."""
         return plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.count)
 
 
-def matrix(shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int = 128) -> plgpu.SMEM:
+def matrix(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
     """Shared memory for operands of matrix instructions.
 
     Args:
@@ -78,7 +79,7 @@ def row_layout():
     return plgpu.Layout.WGMMA.reduce(1)
 
 
-def per_row(value: float | Array, dtype: jnp.dtype = jnp.float32) -> Num[Array, "64"]:
+def per_row(value: float | Array, dtype: Any = jnp.float32) -> Num[Array, "64"]:
     """The same number for each query."""
     return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), row_layout())
 

@@ -25,6 +25,16 @@ class Contextual:
     gate_bias: bool
 
     @property
+    def gate_unit(self) -> float:
+        """U, a power of two of at least P: kernels hold gates as g / U.
+
+        As float16 with its 11 bits these are whole multiples of 2^-24, so gates are of U / 2^24,
+        and sums of them below P have at most 24 bits: they are exact in whatever order. The
+        backward pass relies on that to tell which key is the last one of its bin.
+        """
+        return 2.0 ** max(1, (self.positions - 1).bit_length())
+
+    @property
     def last(self) -> float:
         """The place (count less 1/2) at which every count of P - 1 or more stands.
 

@@ -22,12 +22,14 @@ __all__ = ["slot_words", "table_gradients", "table_words", "tables"]
 
 # Words between rows beyond whole rounds of the 32 banks: rows in step lie in different banks.
 _STAGGER = 4
+# What one transfer takes of a row.
+_MOST_WORDS = 256
 
 
 def table_words(positions: int, packed: bool) -> int:
     """Words of a row."""
     needed = positions * (1 if packed else 2)
-    return -(-needed // 32) * 32 + _STAGGER
+    return min(-(-needed // 32) * 32 + _STAGGER, _MOST_WORDS)
 
 
 def tables(z: Float[Array, "*rows P"], packed: bool) -> Float[Array, "*rows words"]:
@@ -38,7 +40,8 @@ def tables(z: Float[Array, "*rows P"], packed: bool) -> Float[Array, "*rows word
         entries = as_float(packed_words(z + 0.5 * slope, slope))
     else:
         # A place p - 1/2 in bin b: z_b + (p - b) slope.
-        offset = z + (0.5 - jnp.arange(positions, dtype=z.dtype)) * slope
+        bins = jax.lax.broadcasted_iota(z.dtype, z.shape, z.ndim - 1)
+        offset = z + (0.5 - bins) * slope
         entries = jnp.stack([offset, slope], axis=-1).reshape(*z.shape[:-1], 2 * positions)
     width = [(0, 0)] * (z.ndim - 1)
     return jnp.pad(entries, (*width, (0, table_words(positions, packed) - entries.shape[-1])))

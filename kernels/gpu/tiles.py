@@ -1,6 +1,7 @@
 """What forward and backward kernels do with a tile of 64 queries and some keys."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from posjax.kernels.common import LOG2E
 from posjax.kernels.gpu import instructions
 from posjax.kernels.gpu.layout import Refs, per_row, row_layout
 from posjax.kernels.gpu.plan import ROWS, Plan
-from posjax.types import Array, Bool, Float, Int
+from posjax.types import Array, Bool, Float, Int, Num
 
 __all__ = ["SAVED", "Place", "Tile", "Values", "along_rows", "first_place", "gate_bias"]
 
@@ -22,7 +23,7 @@ SAVED = 64
 _FIRST = 8
 
 
-def along_rows(x: Float[Array, "m"], shape: tuple[int, int]) -> Float[Array, "m n"]:
+def along_rows(x: Num[Array, "m"], shape: tuple[int, int]) -> Num[Array, "m n"]:
     """A number for each row, in every column."""
     return jax.lax.broadcast_in_dim(x, shape, [0])
 
@@ -123,11 +124,13 @@ class Tile:
         return ref.at[self.place.batch if ref.shape[0] > 1 else 0, pl.ds(start, size)]
 
     def gates(self, dots: Float[Array, "64 n"], allowed: Array | None) -> Float[Array, "64 n"]:
-        """The gates, of products of queries and (gate) keys."""
-        exponent = dots * (-self.plan.contextual.gate_scale * LOG2E)
+        """The gates, in units of `Contextual.gate_unit`, of products of queries and gate keys."""
+        contextual = self.plan.contextual
+        exponent = dots * (-contextual.gate_scale * LOG2E) + math.log2(contextual.gate_unit)
         if self.gate_bias is not None:
             exponent = exponent - self.gate_bias
-        gates = instructions.reciprocal(1.0 + jnp.exp2(exponent), emulated=self.plan.emulated)
+        denominator = contextual.gate_unit + jnp.exp2(exponent)
+        gates = instructions.reciprocal(denominator, emulated=self.plan.emulated)
         return gates if allowed is None else jnp.where(allowed, gates, 0.0)
 
     def places(

@@ -24,12 +24,12 @@ from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.gradients import unit
 from posjax.kernels.tpu.plan import LANES, Contextual, Plan, interleave
 from posjax.masks import Mask
-from posjax.types import Array, Num
+from posjax.types import Array, Num, Shaped
 
 __all__ = ["attention", "unsupported"]
 
 
-def unsupported(query: Array, bias: Bias | None, mask: Mask) -> str | None:
+def unsupported(query: Shaped, bias: Bias | None, mask: Mask) -> str | None:
     """Why these kernels cannot do this, or None where they can."""
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"query has dtype {query.dtype}; the TPU kernels take float32 and bfloat16"

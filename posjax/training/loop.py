@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from posjax.attention import implementations_used
+from posjax.choice import implementations_used
 from posjax.models import Transformer
 from posjax.tasks.data import train_dataset
 from posjax.training.checkpoints import Checkpoints
@@ -260,11 +260,12 @@ class _Trainer:
         with implementations_used() as used, jax.set_mesh(self.mesh):
             jax.eval_shape(init, jax.random.key(0), tokens)
         platform = self.mesh.devices.flat[0].platform
-        if "tpu" in used and platform != "tpu":
-            raise ValueError(
-                f'model.implementation="tpu" needs TPUs, but the devices are {platform}s; leave it '
-                'out to choose by the device, or use "xla"'
-            )
+        for name in ("tpu", "gpu"):
+            if name in used and platform != name:
+                raise ValueError(
+                    f'model.implementation="{name}" needs {name.upper()}s, but the devices are '
+                    f'{platform}s; leave it out to choose by the device, or use "xla"'
+                )
         if not used:
             return ""
         if len(set(used)) == 1:

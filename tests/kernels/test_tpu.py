@@ -20,7 +20,7 @@ import posjax.kernels.tpu.attention
 import posjax.kernels.tpu.pipeline
 from posjax.kernels.blocks import TpuBlocks
 from tests import tolerances
-from tests.cases import Case, arrays, dense_narrow, linear, run, run_with_gradients
+from tests.cases import Case, dense_narrow, linear, problem, run, run_with_gradients
 
 # Two registers of keys in a block, two blocks in memory, and up to three parts of the keys.
 BLOCKS = TpuBlocks(query=128, key=256, memory=512)
@@ -45,22 +45,6 @@ def interpreter(request):
         return
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
-
-
-def problem(case: Case) -> tuple[dict, dict]:
-    """Inputs and trained arrays, with tables whose slope changes little from row to row.
-
-    A count next to a whole number may be rounded to either side, and takes the slope of that side:
-    right either way, but no two computations agree on it.
-    """
-    inputs, params = arrays(case)
-    if "table" in params:
-        # Half a wave over the whole table: no kink where a count reaches its end, either.
-        wave = jnp.cos(jnp.pi * jnp.linspace(0.0, 1.0, case.positions))
-        first = params["table"][..., :1, :]
-        wave = wave.reshape(*[1] * (first.ndim - 2), -1, 1)
-        params["table"] = case.size**-0.5 * first * wave
-    return inputs, params
 
 
 def compare(case: Case, inputs: dict, params: dict) -> None:

@@ -25,16 +25,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
 
 
-def abstract_device(topology):
-    """What kernels ask about the chip that they are traced for."""
-    device = topology.devices[0]
-    described = jax.sharding.AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
-    )
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=described)
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
 def attention(query, key, value, table, **settings):
     bias = None if table is None else posjax.ContextualBias(table)
     return posjax.dot_product_attention(
@@ -59,7 +49,7 @@ def arguments(length, heads=2, kv_heads=1, size=128, positions=64, dtype="bfloat
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_for_every_generation(chip, small_blocks):
     topology = aot.tpu_topology(chip)
-    with abstract_device(topology):
+    with aot.described(topology):
         executable = aot.compiled(gradient, topology, *arguments(1024))
     assert executable.as_text().count("posjax_attention_") >= 2
 
@@ -89,7 +79,7 @@ def test_relative_biases_compile(chip, small_blocks):
     *inputs, table = arguments(1024)
     table = table if chip.startswith("v6e") else None
     slopes = jax.ShapeDtypeStruct((2,), jnp.float32)
-    with abstract_device(topology):
+    with aot.described(topology):
         executable = aot.compiled(relative_gradient, topology, *inputs, table, slopes)
     assert executable.as_text().count("posjax_attention_") >= 2
 
@@ -102,7 +92,7 @@ def test_relative_biases_compile(chip, small_blocks):
 )
 def test_compiles_for_every_size_and_type(settings, small_blocks):
     topology = aot.tpu_topology("v5e:2x2")
-    with abstract_device(topology):
+    with aot.described(topology):
         executable = aot.compiled(gradient, topology, *arguments(1024, **settings))
     for output, wanted in zip(executable.out_info, arguments(1024, **settings), strict=True):
         assert (output.shape, output.dtype) == (wanted.shape, wanted.dtype)
@@ -113,7 +103,7 @@ def test_a_long_sequence_fits_with_the_default_blocks():
     """16 heads of 128 over 32,768 tokens."""
     topology = aot.tpu_topology("v5e:2x2")
     inputs = arguments(32768, heads=16, kv_heads=8)
-    with abstract_device(topology):
+    with aot.described(topology):
         executable = aot.compiled(gradient, topology, *inputs)
     query_bytes = inputs[0].size * 2
     # Query and cotangent in two orders each (4), keys and values in the kernels' (1), gradients in

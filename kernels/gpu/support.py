@@ -1,0 +1,36 @@
+"""What the GPU kernels can do; importable without their compiler."""
+
+import jax.numpy as jnp
+
+from posjax.biases.base import Bias
+from posjax.biases.contextual import ContextualBias
+from posjax.masks import Mask
+from posjax.types import Shaped
+
+__all__ = ["SIZES", "unsupported"]
+
+# Head sizes; others are padded.
+SIZES = (64, 128)
+_MOST_POSITIONS = 128
+
+
+def unsupported(query: Shaped, value: Shaped, bias: Bias | None, mask: Mask) -> str | None:
+    """Why these kernels cannot do this, or None where they can."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"query has dtype {query.dtype}; the GPU kernels take bfloat16 and float16"
+    largest = max(query.shape[3], value.shape[3])
+    if largest > SIZES[-1]:
+        return f"head size {largest} is greater than {SIZES[-1]}, the largest of the GPU kernels"
+    if mask.array is not None:
+        return "an explicit mask array has no block that the GPU kernels could leave out"
+    if bias is None:
+        return None
+    if not isinstance(bias, ContextualBias):
+        return f"{type(bias).__name__} has no GPU kernel"
+    if bias.num_positions > _MOST_POSITIONS:
+        return (
+            f"the table has {bias.num_positions} rows; the GPU kernels take up to {_MOST_POSITIONS}"
+        )
+    if bias.direction == "forward":
+        return 'direction="forward" counts from the far end, and the GPU kernels start at the query'
+    return None

@@ -1,0 +1,143 @@
+"""The GPU kernels in Pallas's interpreter: values and all gradients against the reference.
+
+All of their control flow runs: warpgroups, transfers, barriers, loops. Three helpers have a form of
+their own here, see `kernels.gpu.instructions`. The interpreter raises where a transfer races with
+a use of its memory.
+"""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import posjax
+from tests import tolerances
+from tests.cases import Case, problem, run, run_with_gradients
+
+plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="the interpreter came with jax 0.11.2"
+)
+# Keys enough for blocks that are masked, that count, and that are plain attention.
+CASE = Case(
+    bias="cope", batch=1, queries=100, keys=384, heads=2, kv_heads=1, size=64, positions=12,
+    offset=True, dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def interpreter():
+    from posjax.kernels.gpu.layout import interpreted
+
+    with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+def assert_near(got, want, spread=None) -> None:
+    """Within the tolerance of what each array has, the sum of all gates of their own `spread`."""
+    for (path, w), g in zip(
+        jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        size = jnp.sqrt(jnp.mean(w**2))
+        error = jnp.sqrt(jnp.mean((g.astype(jnp.float32) - w) ** 2))
+        if "table" in name:
+            size *= 2  # a sum over all queries of both signs
+        if "gate_bias" in name:
+            size = 3 * jnp.max(spread)
+        assert error <= tolerances.NARROW_RMS * size, name
+
+
+def spread_over_queries(case: Case, inputs: dict, params: dict):
+    """Root of the sum of squares of what each query adds to the gradient of the gates' bias.
+
+    They have both signs and leave little of each other, so the sum is no measure of its error.
+    """
+    if "gate_bias" not in params:
+        return None
+
+    def per_query(gate_bias):
+        output = run(case, inputs, params | {"gate_bias": gate_bias}, "reference")
+        weights = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
+        return jnp.sum(output * weights, axis=(0, 2, 3))
+
+    return jnp.sqrt(jnp.sum(jax.jacrev(per_query)(params["gate_bias"]) ** 2, axis=0))
+
+
+def exactly(case: Case, inputs: dict, params: dict):
+    """The reference for the same numbers in float32, and `spread_over_queries`."""
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    wide = dataclasses.replace(case, dtype="float32")
+    want = run_with_gradients(wide, exact, params, "reference")
+    return want, spread_over_queries(wide, exact, params)
+
+
+CASES = {
+    "offset": {},
+    "packed table": {"positions": 70},
+    "own gate key": {"bias": "cope per head", "size": 128, "segments": True, "dtype": "float16"},
+    "large table": {"positions": 100, "size": 80, "window": (200, 0)},
+    "bidirectional": {"causal": False, "offset": False, "keys": 200, "batch": 2},
+    "no bias": {"bias": "none", "heads": 4, "kv_heads": 2, "segments": True, "batch": 2},
+}
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_values_and_gradients(changes, interpreter):
+    case = dataclasses.replace(CASE, **changes)
+    inputs, params = problem(case)
+    got = run_with_gradients(case, inputs, params, "gpu")
+    assert_near(got, *exactly(case, inputs, params))
+
+
+@needs_interpreter
+def test_same_bits_twice(interpreter):
+    case = dataclasses.replace(CASE, keys=128, offset=False, queries=128)
+    first, second = (run_with_gradients(case, *problem(case), "gpu") for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
+
+
+@needs_interpreter
+def test_a_query_that_sees_nothing_gives_zero(interpreter):
+    case = dataclasses.replace(CASE, causal=False, offset=False, queries=128, keys=128)
+    inputs, params = problem(case)
+    ids = jnp.zeros((1, 128), jnp.int32)
+    alone = ids.at[:, :70].set(5)
+    output = run(case, inputs, params, "gpu", query_segment_ids=alone, key_segment_ids=ids)
+    assert not np.any(output[:, :70])
+    assert np.all(np.any(output[:, 70:], axis=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"dtype": "float32"}, "query has dtype float32"),
+        ({"size": 256}, "head size 256"),
+        ({"positions": 300}, "the table has 300 rows"),
+        ({"bias": "relative"}, "RelativeBias has no GPU kernel"),
+        ({"mask": True}, "an explicit mask array"),
+    ],
+)
+def test_what_it_cannot_do(changes, words):
+    case = dataclasses.replace(CASE, **changes)
+    with pytest.raises(NotImplementedError, match=words + '.*use implementation="xla"'):
+        run(case, *problem(case), "gpu")
+
+
+def test_explain():
+    query = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    bias = posjax.ContextualBias(jnp.zeros((4, 64)))
+    chosen, *others = posjax.explain(query, query, query, bias, is_causal=True).splitlines()
+    assert chosen == "xla"
+    found = dict(line.removeprefix("not ").split(": ", 1) for line in others)
+    assert sorted(found) == ["gpu", "jax", "reference", "tpu"]
+    assert found["jax"].startswith("ContextualBias")
+    plain = posjax.explain(query, query, query, is_causal=True).splitlines()
+    assert plain[0] == "jax"
+    asked = posjax.explain(query, query, query, bias, is_causal=True, implementation="gpu")
+    assert asked.splitlines()[0] == "gpu"

@@ -1,0 +1,54 @@
+"""The GPU kernels through the compiler for an H200: they lower and fit.
+
+No numbers come of it; those are in `test_gpu.py`. Machine code is in `test_gpu_code.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import posjax
+from tests import aot
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+
+def attention(query, key, value, bias, segments):
+    return posjax.dot_product_attention(
+        query, key, value, bias, is_causal=True, query_segment_ids=segments, implementation="gpu"
+    )
+
+
+def gradient(*inputs):
+    loss = lambda *inputs: jnp.sum(attention(*inputs).astype(jnp.float32))  # noqa: E731
+    return jax.grad(loss, argnums=(0, 1, 2, 3), allow_int=True)(*inputs)
+
+
+def arguments(length=500, size=128, positions=64, dtype="bfloat16", own_gate_key=False):
+    """Of shapes that no block divides; `positions` 0: no bias."""
+    array = lambda heads: jax.ShapeDtypeStruct((2, length, heads, size), dtype)  # noqa: E731
+    bias = None
+    if positions:
+        bias = posjax.ContextualBias(
+            jax.ShapeDtypeStruct((positions, size), jnp.float32),
+            gate_key=array(2) if own_gate_key else None,
+            gate_bias=jax.ShapeDtypeStruct((4,), jnp.float32),
+        )
+    segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if own_gate_key else None
+    return array(4), array(2), array(2), bias, segments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"size": 64, "dtype": "float16"}, {"size": 80, "positions": 128, "own_gate_key": True}],
+    ids=str,
+)
+def test_compiles(settings):
+    topology, inputs = aot.h200_topology(), arguments(**settings)
+    with aot.described(topology):
+        executable = aot.compiled(gradient, topology, *inputs)
+    for output, wanted in zip(
+        jax.tree.leaves(executable.out_info), jax.tree.leaves(inputs[:4]), strict=True
+    ):
+        assert (output.shape, output.dtype) == (wanted.shape, wanted.dtype)
