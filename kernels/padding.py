@@ -1,10 +1,11 @@
-"""Padding to whole blocks, for kernels that tell it by positions and segments alone."""
+"""Arrays as kernels want them: whole blocks, and one number of heads for all that has keys."""
 
 import jax.numpy as jnp
 
 from posjax.masks import Mask, Side
+from posjax.types import Array
 
-__all__ = ["padded"]
+__all__ = ["padded", "same_heads"]
 
 # Positions and segments of padding: no query stands so far, and no real token has these ids.
 _FAR = 2**30
@@ -37,3 +38,14 @@ def padded(mask: Mask, queries: int, keys: int) -> Mask:
         is_causal=mask.is_causal,
         window=mask.window,
     )
+
+
+def same_heads(arrays: dict[str, Array], axis: int) -> dict[str, Array]:
+    """Keys, values and gate keys repeated to one number of heads."""
+    names = [name for name in ("key", "value", "gate_key") if name in arrays]
+    counts = {arrays[name].shape[axis] for name in names}
+    many = max(counts)
+    if any(many % count for count in counts):
+        many = arrays["query"].shape[axis]
+    repeated = {n: jnp.repeat(arrays[n], many // arrays[n].shape[axis], axis=axis) for n in names}
+    return arrays | repeated

@@ -20,7 +20,7 @@ from posjax.kernels.gpu.layout import interpreting
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Contextual, Plan
 from posjax.kernels.gpu.support import SIZES, unsupported
 from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
-from posjax.kernels.padding import padded
+from posjax.kernels.padding import padded, same_heads
 from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.masks import Mask
 from posjax.types import Array, Num
@@ -75,6 +75,7 @@ def attention(
     }
     if bias is not None:
         arrays |= _of_bias(query, key, bias, padding, size, scale)
+    arrays = same_heads(arrays, axis=2)
     numbers = {"ranges": ranges.flat, "key_ranges": of_keys.flat}
     output = _attention(plan, ranges.batch, arrays, numbers, _sides(plan, mask))
     return output[:, :length, :, : value.shape[3]]

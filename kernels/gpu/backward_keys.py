@@ -7,6 +7,7 @@ and nothing is added up by two.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,15 @@ from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import SAVED, Place, Tile, gate_bias
 from posjax.kernels.gpu.walk import Ring
 from posjax.kernels.ranges import Ranges, Span
-from posjax.types import Array, Float
+from posjax.types import Array, Float, Int
 
 __all__ = ["KEYS", "key_gradients"]
 
 # Keys of a warpgroup.
 KEYS = SAVED
 _STAGES = 2
+# Kinds of tiles.
+_SKIPPED, _CAREFUL, _BAND, _PLAIN = range(4)
 
 
 def key_gradients(
@@ -112,16 +115,18 @@ def _kernel(
     names = ["query", "cotangent", *["tables"] * (plan.contextual is not None)]
     ring = Ring(plan, scratch, names, _STAGES, jnp.int32(0), 1)
     first_head = jax.lax.axis_index("key_head") * shared
+    walk = _Walk(first_head, low, blocks, blocks * shared)
 
     def source(step, name):
-        head, rows = _place(step, first_head, low, blocks)
+        head, block = walk.at(step)
+        rows = pl.ds(block * ROWS, ROWS)
         at = (batch, head, rows) if name == "tables" else (batch, rows, head)
         return refs[name].at[at]
 
     @pl.when(group == groups)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        ring.fetch(blocks * shared, source)
+        ring.fetch(walk.steps, source)
 
     @pl.when(group < groups)
     def _():
@@ -132,21 +137,23 @@ def _kernel(
         number = tile * groups + group
         keys = _Keys(plan, refs, scratch, group, number, batch, ring, of_queries, wanted)
         keys.fetch_own()
-
-        def step(index, sums):
-            head, rows = _place(index, first_head, low, blocks)
-            return keys.step(index, head, rows.start, span, sums)
-
         size = refs["query"].shape[3]
         zero = plgpu.layout_cast(jnp.zeros((KEYS, size), jnp.float32), plgpu.Layout.WGMMA)
-        sums = jax.lax.fori_loop(0, blocks * shared, step, (zero,) * len(wanted))
-        keys.send(sums)
+        keys.send(keys.walk_over(walk, span, (zero,) * len(wanted)))
 
 
-def _place(step: Array, first_head: Array, low: Array, blocks: Array) -> tuple[Array, pl.Slice]:
-    """The query head and the queries of a step."""
-    head = first_head + jax.lax.div(step, blocks)
-    return head, pl.ds((low + jax.lax.rem(step, blocks)) * ROWS, ROWS)
+class _Walk(NamedTuple):
+    """Blocks of queries low ... low + blocks of the first query head, of the second, ..."""
+
+    first_head: Int[Array, ""]
+    low: Int[Array, ""]
+    blocks: Int[Array, ""]
+    steps: Int[Array, ""]
+
+    def at(self, step: Array) -> tuple[Array, Array]:
+        """The query head and the block of queries of a step."""
+        head = self.first_head + jax.lax.div(step, self.blocks)
+        return head, self.low + jax.lax.rem(step, self.blocks)
 
 
 class _Keys:
@@ -163,10 +170,8 @@ class _Keys:
         head, names = jax.lax.axis_index("key_head"), _own(self.plan)
         barriers = [self.scratch[f"{name}_full"].at[self.group] for name in names]
         for name, barrier in zip(names, barriers, strict=True):
-            array = self.refs[name]
-            own = jax.lax.div(head * array.shape[2], self.refs["key"].shape[2])
-            source, target = array.at[self.batch, rows, own], self.scratch[name].at[self.group]
-            plgpu.copy_gmem_to_smem(source, target, barrier)
+            source = self.refs[name].at[self.batch, rows, head]
+            plgpu.copy_gmem_to_smem(source, self.scratch[name].at[self.group], barrier)
         constants = [name for name in ("lower", "upper") if name in self.scratch]
 
         @pl.when(self.group == 0)
@@ -178,21 +183,44 @@ class _Keys:
         for barrier in [*barriers, *(self.scratch[f"{n}_full"].at[0] for n in constants)]:
             plgpu.barrier_wait(barrier)
 
-    def step(self, index, head, row, span: Span, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        """64 queries."""
-        self.ring.wait(self.ring.names, index)
-        block = jax.lax.div(row, ROWS)
+    def walk_over(self, walk: _Walk, span: Span, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The sums over all queries, in loops that are each for one kind of tile."""
+        bodies = {
+            _SKIPPED: lambda step, sums: sums,
+            _CAREFUL: functools.partial(self._add, walk, counts=True, masked=True),
+            _BAND: functools.partial(self._add, walk, counts=True, masked=False),
+            _PLAIN: functools.partial(self._add, walk, counts=False, masked=False),
+        }
+        last = walk.steps - 1
+        kind_at = lambda step: self._kind(*walk.at(jnp.minimum(step, last)), span)  # noqa: E731
+
+        def loop_of(kind, loop):
+            def body(loop):
+                step, _, sums = loop
+                # Read while the tile is worked on.
+                following = kind_at(step + 1)
+                self.ring.wait(self.ring.names, step)
+                sums = bodies[kind](step, sums)
+                self.ring.release(self.ring.names, step)
+                return step + 1, following, sums
+
+            going_on = lambda loop: (loop[0] <= last) & (loop[1] == kind)  # noqa: E731
+            return jax.lax.while_loop(going_on, body, loop)
+
+        def loops(loop):
+            for kind in bodies:
+                loop = loop_of(kind, loop)
+            return loop
+
+        first = jnp.where(last >= 0, kind_at(jnp.int32(0)), _SKIPPED)
+        loop = jnp.int32(0), first, sums
+        return jax.lax.while_loop(lambda loop: loop[0] <= last, loops, loop)[2]
+
+    def _kind(self, head: Array, block: Array, span: Span) -> Int[Array, ""]:
         seen = (block >= span.first) & (block <= span.last)
         full = (block >= span.full_first) & (block <= span.full_last)
         plain = full if self.plan.contextual is None else self._was_plain(head, block)
-        kind = jnp.where(seen, jnp.where(plain, 3, jnp.where(full, 2, 1)), 0)
-        careful, band, only = (
-            functools.partial(self._add, index, head, row, counts, masked)
-            for counts, masked in ((True, True), (True, False), (False, False))
-        )
-        sums = jax.lax.switch(kind, [lambda sums: sums, careful, band, only], sums)
-        self.ring.release(self.ring.names, index)
-        return sums
+        return jnp.where(seen, jnp.where(plain, _PLAIN, jnp.where(full, _BAND, _CAREFUL)), _SKIPPED)
 
     def _was_plain(self, head: Array, block: Array) -> Array:
         """Whether the forward kernel left counting out here."""
@@ -211,9 +239,10 @@ class _Keys:
         bias = gate_bias(self.plan, self.refs, head)
         return Tile(self.plan, self.refs, operands, place, HALF, bias)
 
-    def _add(self, index, head, row, counts: bool, masked: bool, sums):
+    def _add(self, walk: _Walk, index, sums, *, counts: bool, masked: bool):
         """Adds the tile's part to the sums."""
-        halves = [self._half(index, head, row, number) for number in range(2)]
+        head, block = walk.at(index)
+        halves = [self._half(index, head, block * ROWS, number) for number in range(2)]
         counts = counts and self.plan.contextual is not None
         if not counts and "gate_key" in self.wanted:
             return sums

@@ -16,7 +16,7 @@ from posjax.biases.total import addends
 from posjax.kernels import blockwise
 from posjax.kernels.blocks import TpuBlocks, blockwise_sizes, tpu_generation, tpu_sizes
 from posjax.kernels.common import LOG2E
-from posjax.kernels.padding import padded
+from posjax.kernels.padding import padded, same_heads
 from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.kernels.tpu import counting, relative
 from posjax.kernels.tpu.backward import backward
@@ -129,7 +129,7 @@ def _by_kernels(
         relative=bool(relatives),
     )
     numbers = walk_ranges(mask, blocks.query, blocks.key)
-    arrays = _same_heads(_heads_first(plan, padding, query, key, value, bias))
+    arrays = same_heads(_heads_first(plan, padding, query, key, value, bias), axis=1)
     arrays |= {} if bias is None else _tables(plan, bias, query.shape[2])
     if relatives:
         lengths = length + padding[0], keys + padding[1]
@@ -168,17 +168,6 @@ def _heads_first(plan: Plan, padding, query, key, value, bias) -> dict[str, Arra
         arrays["gate_key"] = bias.gate_key.astype(query.dtype if same else jnp.float32)
     arrays = {name: interleave(turned(x, keys), 2, plan) for name, x in arrays.items()}
     return {"query": turned(query, queries)} | arrays
-
-
-def _same_heads(arrays: dict[str, Array]) -> dict[str, Array]:
-    """Keys, values and gate keys repeated to one number of heads."""
-    names = [name for name in ("key", "value", "gate_key") if name in arrays]
-    counts = {arrays[name].shape[1] for name in names}
-    many = max(counts)
-    if any(many % count for count in counts):
-        many = arrays["query"].shape[1]
-    repeated = {n: jnp.repeat(arrays[n], many // arrays[n].shape[1], axis=1) for n in names}
-    return arrays | repeated
 
 
 def _tables(plan: Plan, bias: ContextualBias, heads: int) -> dict[str, Array]:
