@@ -1,18 +1,19 @@
-"""Loops in the machine code of GPU kernels, from what Mosaic GPU leaves in MOSAIC_GPU_DUMP_TO."""
+"""Loops in the machine code of GPU kernels, as nvdisasm prints it for Mosaic GPU."""
 
 import collections
 import dataclasses
 import re
-from pathlib import Path
 
-__all__ = ["Loop", "loops", "registers"]
+__all__ = ["Loop", "kernels", "loops", "registers"]
 
-# An instruction: its address, perhaps a predicate, and its name.
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
-_TARGET = re.compile(r"(?:`\(\.(L_x_\d+)\)|0x([0-9a-f]+))")
-_LABEL = re.compile(r"^\s*\.?(L_x_\d+):", re.MULTILINE)
-# How often these instructions of a matrix product appear where a tile is worked on.
+# An instruction: its address, perhaps a predicate, its name, operands.
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_TARGET = re.compile(r"`\(\.(L_x_\d+)\)")
+_LABEL = re.compile(r"^\s*\.?(L_x_\d+):")
+_SECTION = re.compile(r"^\.text\.(\w+):", re.MULTILINE)
 _MATRIX = "HGMMA"
+# Of the smallest tile.
+_KEYS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,68 +29,65 @@ class Loop:
 
     @property
     def spills(self) -> int:
-        """Words that went to memory because registers were too few, and came back."""
+        """Words that went to memory because registers were too few, and those that came back."""
         return self.count["LDL"] + self.count["STL"]
 
     @property
-    def kind(self) -> str:
-        """careful, band or plain: by what only they do."""
-        if not self.count["MUFU.RCP"]:
-            return "plain"
-        return "careful" if self.count["LDG"] else "band"
+    def counts(self) -> bool:
+        """Whether there are gates, which take a reciprocal for each pair."""
+        return self.count["MUFU.RCP"] >= _KEYS
+
+
+def kernels(text: str) -> dict[str, str]:
+    """The code of each kernel, by name."""
+    parts = _SECTION.split(text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def registers(text: str) -> int:
+    """The highest register that the code names."""
+    return max(map(int, re.findall(r"\bR(\d+)\b", text)))
+
+
+def loops(text: str) -> list[Loop]:
+    """The innermost loops with matrix products, in the order of the code."""
+    instructions, labels = _parsed(text)
+    spans = set()
+    for address, name, operands in instructions:
+        target = _TARGET.search(operands) if name.startswith("BRA") else None
+        if target and labels[target.group(1)] < address:
+            spans.add((labels[target.group(1)], address))
+    bodies = {}
+    for start, end in spans:
+        names = [name for address, name, _ in instructions if start <= address <= end]
+        # What sleeps is a wait, which stands behind the rest of the code and jumps back to it.
+        waits = any(name.startswith("NANOSLEEP") for name in names)
+        if not waits and any(name.startswith(_MATRIX) for name in names):
+            bodies[start, end] = names
+    return [Loop(_counted(bodies[span])) for span in sorted(bodies) if _is_innermost(span, bodies)]
 
 
 def _parsed(text: str) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
     """Instructions (address, name, operands), and the addresses of labels."""
     instructions, labels, waiting = [], {}, []
     for line in text.splitlines():
-        label = _LABEL.match(line)
+        label, found = _LABEL.match(line), _INSTRUCTION.search(line)
         if label:
             waiting.append(label.group(1))
-        found = _INSTRUCTION.search(line)
         if found:
             address = int(found.group(1), 16)
             labels |= dict.fromkeys(waiting, address)
             waiting = []
-            instructions.append((address, found.group(3), found.group(4)))
+            instructions.append((address, found.group(2), found.group(3)))
     return instructions, labels
 
 
-def loops(sass: Path) -> list[Loop]:
-    """The innermost loops with matrix products, in the order of the code."""
-    instructions, labels = _parsed(sass.read_text())
-    spans = []
-    for address, name, operands in instructions:
-        if not name.startswith("BRA"):
-            continue
-        target = _TARGET.search(operands)
-        start = labels.get(target.group(1)) if target and target.group(1) else None
-        if target and target.group(2):
-            start = int(target.group(2), 16)
-        if start is not None and start < address:
-            spans.append((start, address))
-    found = []
-    for start, end in sorted(set(spans)):
-        body = [name for address, name, _ in instructions if start <= address <= end]
-        # What sleeps is a wait, which stands behind the rest of the code and jumps back to it.
-        waits = any(name.startswith("NANOSLEEP") for name in body)
-        if any(name.startswith(_MATRIX) for name in body) and not waits:
-            found.append((start, end, body))
-    innermost = [
-        (start, end, body)
-        for start, end, body in found
-        if not any((start, end) != (a, b) and start <= a and b <= end for a, b, _ in found)
-    ]
-    return [Loop(_counted(body)) for _, _, body in innermost]
+def _is_innermost(span: tuple[int, int], spans) -> bool:
+    start, end = span
+    return not any(span != (a, b) and start <= a and b <= end for a, b in spans)
 
 
 def _counted(names: list[str]) -> collections.Counter:
-    count = collections.Counter(name.split(".")[0] for name in names)
-    special = collections.Counter(".".join(n.split(".")[:2]) for n in names if n.startswith("MUFU"))
-    del count["MUFU"]
-    return count + special
-
-
-def registers(sass: Path) -> int:
-    """The highest register that the code names."""
-    return max(map(int, re.findall(r"\bR(\d+)\b", sass.read_text())))
+    """By name without its variants; of special functions with the first one."""
+    parts = (name.split(".") for name in names)
+    return collections.Counter(".".join(p[: 2 if p[0] == "MUFU" else 1]) for p in parts)

@@ -155,6 +155,20 @@ class _Walk(NamedTuple):
         head = self.first_head + jax.lax.div(step, self.blocks)
         return head, self.low + jax.lax.rem(step, self.blocks)
 
+    def after(self, head: Array, block: Array) -> tuple[Array, Array]:
+        """Those of the step after, without a division."""
+        wraps = block + 1 == self.low + self.blocks
+        return jnp.where(wraps, head + 1, head), jnp.where(wraps, self.low, block + 1)
+
+
+class _Step(NamedTuple):
+    """64 queries that pass by: number, query head, block of queries, kind of tile."""
+
+    number: Int[Array, ""]
+    head: Int[Array, ""]
+    block: Int[Array, ""]
+    kind: Int[Array, ""]
+
 
 class _Keys:
     """The 64 keys of a warpgroup."""
@@ -187,34 +201,44 @@ class _Keys:
         """The sums over all queries, in loops that are each for one kind of tile."""
         bodies = {
             _SKIPPED: lambda step, sums: sums,
-            _CAREFUL: functools.partial(self._add, walk, counts=True, masked=True),
-            _BAND: functools.partial(self._add, walk, counts=True, masked=False),
-            _PLAIN: functools.partial(self._add, walk, counts=False, masked=False),
+            _CAREFUL: functools.partial(self._add, counts=True, masked=True),
+            _BAND: functools.partial(self._add, counts=True, masked=False),
+            _PLAIN: functools.partial(self._add, counts=False, masked=False),
         }
-        last = walk.steps - 1
-        kind_at = lambda step: self._kind(*walk.at(jnp.minimum(step, last)), span)  # noqa: E731
+        inside = lambda loop: loop[0].number < walk.steps  # noqa: E731
 
         def loop_of(kind, loop):
             def body(loop):
-                step, _, sums = loop
-                # Read while the tile is worked on.
-                following = kind_at(step + 1)
-                self.ring.wait(self.ring.names, step)
+                step, sums = loop
+                # What comes next is read while the tile is worked on.
+                following = self._following(walk, span, step)
+                self.ring.wait(self.ring.names, step.number)
                 sums = bodies[kind](step, sums)
-                self.ring.release(self.ring.names, step)
-                return step + 1, following, sums
+                self.ring.release(self.ring.names, step.number)
+                return following, sums
 
-            going_on = lambda loop: (loop[0] <= last) & (loop[1] == kind)  # noqa: E731
-            return jax.lax.while_loop(going_on, body, loop)
+            return jax.lax.while_loop(
+                lambda loop: inside(loop) & (loop[0].kind == kind), body, loop
+            )
 
         def loops(loop):
             for kind in bodies:
                 loop = loop_of(kind, loop)
             return loop
 
-        first = jnp.where(last >= 0, kind_at(jnp.int32(0)), _SKIPPED)
-        loop = jnp.int32(0), first, sums
-        return jax.lax.while_loop(lambda loop: loop[0] <= last, loops, loop)[2]
+        head, block = walk.first_head, jnp.minimum(walk.low, self._last_block())
+        first = _Step(jnp.int32(0), head, block, self._kind(head, block, span))
+        return jax.lax.while_loop(inside, loops, (first, sums))[1]
+
+    def _following(self, walk: _Walk, span: Span, step: _Step) -> _Step:
+        head, block = walk.after(step.head, step.block)
+        # The last one has none, and may read its own again.
+        there = step.number + 1 < walk.steps
+        head, block = jnp.where(there, head, step.head), jnp.where(there, block, step.block)
+        return _Step(step.number + 1, head, block, self._kind(head, block, span))
+
+    def _last_block(self) -> int:
+        return self.refs["query"].shape[1] // ROWS - 1
 
     def _kind(self, head: Array, block: Array, span: Span) -> Int[Array, ""]:
         seen = (block >= span.first) & (block <= span.last)
@@ -239,10 +263,10 @@ class _Keys:
         bias = gate_bias(self.plan, self.refs, head)
         return Tile(self.plan, self.refs, operands, place, HALF, bias)
 
-    def _add(self, walk: _Walk, index, sums, *, counts: bool, masked: bool):
+    def _add(self, step: _Step, sums, *, counts: bool, masked: bool):
         """Adds the tile's part to the sums."""
-        head, block = walk.at(index)
-        halves = [self._half(index, head, block * ROWS, number) for number in range(2)]
+        row = step.block * ROWS
+        halves = [self._half(step.number, step.head, row, number) for number in range(2)]
         counts = counts and self.plan.contextual is not None
         if not counts and "gate_key" in self.wanted:
             return sums

@@ -126,9 +126,10 @@ class Tile:
     def gates(self, dots: Float[Array, "64 n"], allowed: Array | None) -> Float[Array, "64 n"]:
         """The gates, in units of `Contextual.gate_unit`, of products of queries and gate keys."""
         contextual = self.plan.contextual
-        exponent = dots * (-contextual.gate_scale * LOG2E) + math.log2(contextual.gate_unit)
+        offset = math.log2(contextual.gate_unit)
         if self.gate_bias is not None:
-            exponent = exponent - self.gate_bias
+            offset = offset - self.gate_bias
+        exponent = dots * (-contextual.gate_scale * LOG2E) + offset
         denominator = contextual.gate_unit + jnp.exp2(exponent)
         gates = instructions.reciprocal(denominator, emulated=self.plan.emulated)
         return gates if allowed is None else jnp.where(allowed, gates, 0.0)
