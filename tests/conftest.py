@@ -22,12 +22,14 @@ import tests.typecheck
 jax.config.update("jax_num_cpu_devices", 8)
 # Halves the time of the suite on a CPU, most of which goes into compiling.
 jax.config.update("jax_disable_most_optimizations", os.environ["JAX_PLATFORMS"] == "cpu")
-if os.environ["JAX_PLATFORMS"] == "cpu" and jax.__version_info__ < (0, 11):
-    # A third less with an older code generator, which jax 0.11 has no more. Flags are read once, by
-    # the first compilation; other compilers, such as libtpu, read them when they start, and may not
-    # know this one.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # A quarter less with an older code generator. Flags are read once, by the first compilation;
+    # other compilers, such as libtpu, read them when they start, and may not know these.
+    older = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    if jax.__version_info__ < (0, 11):
+        older = "--xla_cpu_use_fusion_emitters=false"
     before = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{before} --xla_cpu_use_fusion_emitters=false".strip()
+    os.environ["XLA_FLAGS"] = f"{before} {older}".strip()
     jax.jit(lambda: 0)()
     os.environ["XLA_FLAGS"] = before
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -54,6 +56,7 @@ OPTIONAL = {
     "networkx": "graph spectra against networkx's",
     "libtpu": "compilation for TPUs (extra `aot`)",
     "jax-cuda13-plugin": "compilation for an H200 (extra `aot`)",
+    "nvidia-cuda-nvdisasm": "machine code of the GPU kernels (extra `aot`)",
     "nbclient": "execution of the notebooks (extra `notebooks`)",
 }
 

@@ -1,6 +1,6 @@
 """The GPU kernels through the compiler for an H200: they lower and fit.
 
-No numbers come of it; those are in `test_gpu.py`. Machine code is in `test_gpu_code.py`.
+No numbers come of it; those are in `test_gpu.py`. `test_gpu_code.py` compiles heads of 128.
 """
 
 import jax
@@ -24,7 +24,7 @@ def gradient(*inputs):
     return jax.grad(loss, argnums=(0, 1, 2, 3), allow_int=True)(*inputs)
 
 
-def arguments(length=500, size=128, positions=64, dtype="bfloat16", own_gate_key=False):
+def arguments(size=128, positions=64, dtype="bfloat16", own_gate_key=False, length=500):
     """Of shapes that no block divides; `positions` 0: no bias."""
     array = lambda heads: jax.ShapeDtypeStruct((2, length, heads, size), dtype)  # noqa: E731
     bias = None
@@ -41,7 +41,11 @@ def arguments(length=500, size=128, positions=64, dtype="bfloat16", own_gate_key
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"size": 64, "dtype": "float16"}, {"size": 80, "positions": 128, "own_gate_key": True}],
+    [
+        {"size": 64, "dtype": "float16"},
+        {"size": 80, "positions": 128, "own_gate_key": True},
+        {"positions": 0},
+    ],
     ids=str,
 )
 def test_compiles(settings):
