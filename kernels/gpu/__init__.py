@@ -1,1 +1,16 @@
-"""Attention with Contextual Position Encoding on GPUs (Hopper), in Pallas Mosaic GPU."""
+"""Attention with Contextual Position Encoding on GPUs (Hopper), in Pallas Mosaic GPU.
+
+| file             | what                                                                        |
+|------------------|-----------------------------------------------------------------------------|
+| support          | what the kernels can do                                                     |
+| attention        | entry: layout, gradients                                                    |
+| plan             | what is known when a kernel is compiled                                     |
+| tables           | each query's table, and its gradient from running sums                      |
+| forward          | the forward kernel                                                          |
+| backward_queries | gradients of queries and tables                                             |
+| backward_keys    | gradients of keys and values, or of gate keys                               |
+| walk             | rings of blocks in shared memory, and a warpgroup's queries                 |
+| tiles, gradients | what a tile of 64 queries and some keys computes                            |
+| instructions     | the steps that Pallas has no name for; emulated in the interpreter          |
+| layout           | shared memory, barriers, start of a kernel                                  |
+"""

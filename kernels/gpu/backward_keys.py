@@ -25,10 +25,10 @@ from posjax.kernels.gpu.gradients import (
     unit,
 )
 from posjax.kernels.gpu.instructions import multiply_transposed_into
-from posjax.kernels.gpu.layout import Refs, launch, matrix, with_barriers
+from posjax.kernels.gpu.layout import Refs, launch, matrix, share_registers, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import SAVED, Place, Tile, gate_bias
-from posjax.kernels.gpu.walk import Ring
+from posjax.kernels.gpu.walk import Ring, copy_own, own_span, union
 from posjax.kernels.ranges import Ranges, Span
 from posjax.types import Array, Float, Int
 
@@ -108,8 +108,7 @@ def _kernel(
     batch, group = jax.lax.axis_index("batch"), jax.lax.axis_index("group")
     tile = jax.lax.axis_index("tile")
     spans = [of_keys.span(refs["key_ranges"], batch, tile * groups + g) for g in range(groups)]
-    high = functools.reduce(jnp.maximum, [span.last for span in spans])
-    low = functools.reduce(jnp.minimum, [span.first for span in spans])
+    low, high = union(spans)
     blocks = jnp.maximum(high - low + 1, 0)
     shared = refs["query"].shape[2] // refs["key"].shape[2]
     names = ["query", "cotangent", *["tables"] * (plan.contextual is not None)]
@@ -125,15 +124,13 @@ def _kernel(
 
     @pl.when(group == groups)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        share_registers(groups, computes=False)
         ring.fetch(walk.steps, source)
 
     @pl.when(group < groups)
     def _():
-        plgpu.set_max_registers(240, action="increase")
-        span = Span(
-            *(jnp.where(group == 0, a, b) for a, b in zip(spans[0], spans[-1], strict=True))
-        )
+        share_registers(groups, computes=True)
+        span = own_span(spans, group)
         number = tile * groups + group
         keys = _Keys(plan, refs, scratch, group, number, batch, ring, of_queries, wanted)
         keys.fetch_own()
@@ -180,22 +177,10 @@ class _Keys:
 
     def fetch_own(self) -> None:
         """Copies this warpgroup's keys and values, and constants."""
-        rows = pl.ds(self.number * KEYS, KEYS)
-        head, names = jax.lax.axis_index("key_head"), _own(self.plan)
-        barriers = [self.scratch[f"{name}_full"].at[self.group] for name in names]
-        for name, barrier in zip(names, barriers, strict=True):
-            source = self.refs[name].at[self.batch, rows, head]
-            plgpu.copy_gmem_to_smem(source, self.scratch[name].at[self.group], barrier)
+        rows, head = pl.ds(self.number * KEYS, KEYS), jax.lax.axis_index("key_head")
+        sources = {name: self.refs[name].at[self.batch, rows, head] for name in _own(self.plan)}
         constants = [name for name in ("lower", "upper") if name in self.scratch]
-
-        @pl.when(self.group == 0)
-        def _():
-            for name in constants:
-                full = self.scratch[f"{name}_full"].at[0]
-                plgpu.copy_gmem_to_smem(self.refs[name], self.scratch[name], full)
-
-        for barrier in [*barriers, *(self.scratch[f"{n}_full"].at[0] for n in constants)]:
-            plgpu.barrier_wait(barrier)
+        copy_own(self.refs, self.scratch, self.group, sources, constants)
 
     def walk_over(self, walk: _Walk, span: Span, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         """The sums over all queries, in loops that are each for one kind of tile."""

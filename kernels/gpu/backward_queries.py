@@ -31,16 +31,24 @@ from posjax.kernels.gpu.gradients import (
     unit,
 )
 from posjax.kernels.gpu.instructions import multiply_into, store_crossings
-from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, with_barriers
+from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, share_registers, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import SAVED, Place, Tile, gate_bias
-from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_up
+from posjax.kernels.gpu.walk import (
+    Queries,
+    Ring,
+    fetched,
+    keys_of,
+    loop_up,
+    own_span,
+    union,
+)
 from posjax.kernels.ranges import Ranges, Span
 from posjax.types import Array, Float
 
 __all__ = ["query_gradients"]
 
-# Bytes of a row of them.
+# Bytes of a row of the keys of a tile.
 _SWIZZLE = 2 * HALF
 # Before every block of keys.
 _NOWHERE = -1
@@ -61,7 +69,7 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
 
     `prefixes` [B, N, S / 64, T]: sums of dplace on the left of every 64 keys that count; `slots`
     [B, N, T, words], `total` and `moment` [B, N, T]: running sums where places cross into a lower
-    bin, and at the end; `gate_bias` [B, N, T]: sums of dx.
+    bin, and at the end; `gate_bias_gradient` [B, N, T]: sums of dx.
     """
     batch, length, heads, size = inputs["query"].shape
     shape = (batch, length, heads, size)
@@ -116,28 +124,24 @@ def _kernel(plan: Plan, ranges: Ranges, groups: int, refs: Refs, scratch: Refs) 
         _in_pairs(ranges.span(refs["ranges"], batch, tile * groups + g), pairs)
         for g in range(groups)
     ]
-    high = functools.reduce(jnp.maximum, [span.last for span in spans])
-    low = functools.reduce(jnp.minimum, [span.first for span in spans])
+    low, high = union(spans)
     ring = Ring(plan, scratch, fetched(plan), _stages(refs["query"].shape[3]), 2 * low, 1)
 
     @pl.when(group == groups)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        share_registers(groups, computes=False)
         ring.fetch(2 * jnp.maximum(high - low + 1, 0), keys_of(refs, batch, head, HALF))
 
     @pl.when(group < groups)
     def _():
-        plgpu.set_max_registers(240, action="increase")
-        span = Span(
-            *(jnp.where(group == 0, a, b) for a, b in zip(spans[0], spans[-1], strict=True))
-        )
+        share_registers(groups, computes=True)
         place = Place(batch, head, (tile * groups + group) * ROWS, jnp.int32(0))
         queries = Queries(plan, refs, scratch, group, place, ring, gate_bias(plan, refs, head))
-        _compute(queries, span, high, low)
+        _compute(queries, own_span(spans, group), high, low)
 
 
 def _in_pairs(span: Span, pairs: int) -> Span:
-    """From blocks of `TpuBlocks.key` keys to 64 keys."""
+    """From blocks of `GpuBlocks.key` keys to 64 keys."""
     first, full_first, full_last, last = span
     end = pairs - 1
     return Span(first * pairs, full_first * pairs, full_last * pairs + end, last * pairs + end)

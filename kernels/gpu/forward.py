@@ -25,10 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.common import LOG2E, MASKED
 from posjax.kernels.gpu.instructions import multiply_into
-from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, with_barriers
+from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, share_registers, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import SAVED, Place, Tile, along_rows, first_place, gate_bias
-from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_down
+from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_down, own_span, union
 from posjax.kernels.ranges import Ranges, Span
 from posjax.types import Array, Float
 
@@ -97,23 +97,21 @@ def _kernel(plan: Plan, ranges: Ranges, refs: Refs, scratch: Refs) -> None:
     # The tiles with most keys first.
     tile = refs["query"].shape[1] // (ROWS * GROUPS) - 1 - jax.lax.axis_index("tile")
     spans = [ranges.span(refs["ranges"], batch, tile * GROUPS + g) for g in range(GROUPS)]
-    high = functools.reduce(jnp.maximum, [span.last for span in spans])
-    low = functools.reduce(jnp.minimum, [span.first for span in spans])
+    low, high = union(spans)
     ring = Ring(plan, scratch, fetched(plan), plan.blocks.stages, high, -1)
 
     @pl.when(group == GROUPS)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        share_registers(GROUPS, computes=False)
         ring.fetch(jnp.maximum(high - low + 1, 0), keys_of(refs, batch, head, plan.blocks.key))
 
     @pl.when(group < GROUPS)
     def _():
-        plgpu.set_max_registers(240, action="increase")
-        span = Span(*(jnp.where(group == 0, a, b) for a, b in zip(*spans, strict=True)))
+        share_registers(GROUPS, computes=True)
         place = Place(batch, head, (tile * GROUPS + group) * ROWS, jnp.int32(0))
         bias = gate_bias(plan, refs, head)
         queries = Queries(plan, refs, scratch, group, place, ring, bias)
-        _compute(queries, span, high, low)
+        _compute(queries, own_span(spans, group), high, low)
 
 
 def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:

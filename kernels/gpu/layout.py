@@ -23,6 +23,7 @@ __all__ = [
     "matrix",
     "per_row",
     "row_layout",
+    "share_registers",
     "with_barriers",
 ]
 
@@ -99,6 +100,17 @@ def with_barriers(*, own: dict, constants: dict, passing: dict, groups: int = GR
     full = {f"{name}_full": Barriers(count[name]) for name in shapes}
     free = {f"{name}_free": Barriers(count[name], arrivals=groups) for name in passing}
     return shapes | full | free
+
+
+def share_registers(groups: int, *, computes: bool) -> None:
+    """Moves registers from the warpgroup that fetches to those that compute.
+
+    With one of each there are as many for both as a thread can name.
+    """
+    if groups == GROUPS and computes:
+        plgpu.set_max_registers(240, action="increase")
+    elif groups == GROUPS:
+        plgpu.set_max_registers(24, action="decrease")
 
 
 def launch(

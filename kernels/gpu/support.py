@@ -1,5 +1,6 @@
 """What the GPU kernels can do; importable without their compiler."""
 
+import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias
@@ -16,6 +17,10 @@ _MOST_POSITIONS = 128
 
 def unsupported(query: Shaped, value: Shaped, bias: Bias | None, mask: Mask) -> str | None:
     """Why these kernels cannot do this, or None where they can."""
+    capability = _compute_capability()
+    if capability is not None and capability[0] != 9:
+        found = ".".join(map(str, capability))
+        return f"the device has compute capability {found}; the GPU kernels are for 9.0 (Hopper)"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype}; the GPU kernels take bfloat16 and float16"
     largest = max(query.shape[3], value.shape[3])
@@ -34,3 +39,11 @@ def unsupported(query: Shaped, value: Shaped, bias: Bias | None, mask: Mask) -> 
     if bias.direction == "forward":
         return 'direction="forward" counts from the far end, and the GPU kernels start at the query'
     return None
+
+
+def _compute_capability() -> tuple[int, ...] | None:
+    """That of the GPU; None where there is none."""
+    if jax.default_backend() != "gpu":
+        return None
+    words = str(getattr(jax.devices()[0], "compute_capability", "0"))
+    return tuple(int(word) for word in words.split("."))

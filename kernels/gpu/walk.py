@@ -1,6 +1,7 @@
 """A warpgroup's 64 queries, and the blocks of keys that pass by in shared memory."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from posjax.kernels.gpu.layout import Refs
 from posjax.kernels.gpu.plan import ROWS, Plan
 from posjax.kernels.gpu.tiles import Place, Tile
+from posjax.kernels.ranges import Span
 from posjax.types import Array, Float, Int
 
-__all__ = ["Queries", "Ring", "fetched", "keys_of", "loop_down", "loop_up"]
+__all__ = [
+    "Queries",
+    "Ring",
+    "copy_own",
+    "fetched",
+    "keys_of",
+    "loop_down",
+    "loop_up",
+    "own_span",
+    "union",
+]
 
 
 def fetched(plan: Plan) -> list[str]:
@@ -30,6 +42,34 @@ def keys_of(refs: Refs, batch: Array, head: Array, size: int):
         return array.at[batch, pl.ds(index * size, size), own]
 
     return source
+
+
+def union(spans: list[Span]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The first and the last block that any warpgroup needs."""
+    low = functools.reduce(jnp.minimum, [span.first for span in spans])
+    return low, functools.reduce(jnp.maximum, [span.last for span in spans])
+
+
+def own_span(spans: list[Span], group: Int[Array, ""]) -> Span:
+    """That of one of at most two warpgroups."""
+    pairs = zip(spans[0], spans[-1], strict=True)
+    return Span(*(jnp.where(group == 0, a, b) for a, b in pairs))
+
+
+def copy_own(refs: Refs, scratch: Refs, group: Array, sources: Refs, constants: list[str]) -> None:
+    """Copies a warpgroup's own parts from `sources`, and constants; returns when all are there."""
+    barriers = [scratch[f"{name}_full"].at[group] for name in sources]
+    for (name, source), barrier in zip(sources.items(), barriers, strict=True):
+        plgpu.copy_gmem_to_smem(source, scratch[name].at[group], barrier)
+    shared = [scratch[f"{name}_full"].at[0] for name in constants]
+
+    @pl.when(group == 0)
+    def _():
+        for name, barrier in zip(constants, shared, strict=True):
+            plgpu.copy_gmem_to_smem(refs[name], scratch[name], barrier)
+
+    for barrier in [*barriers, *shared]:
+        plgpu.barrier_wait(barrier)
 
 
 def loop_down(bound: Int[Array, ""], body, loop, unless=None):
@@ -129,21 +169,7 @@ class Queries:
         rows = pl.ds(row, ROWS)
         sources = {name: self.refs[name].at[batch, rows, head] for name in per_row}
         sources |= {name: self.refs[name].at[batch, head, rows] for name in per_head_row}
-        barriers = {name: self.scratch[f"{name}_full"].at[self.group] for name in sources}
-        for name, source in sources.items():
-            target = self.scratch[name].at[self.group]
-            plgpu.copy_gmem_to_smem(source, target, barriers[name])
-
-        @pl.when(self.group == 0)
-        def _():
-            for name in constants:
-                full = self.scratch[f"{name}_full"].at[0]
-                plgpu.copy_gmem_to_smem(self.refs[name], self.scratch[name], full)
-
-        for barrier in barriers.values():
-            plgpu.barrier_wait(barrier)
-        for name in constants:
-            plgpu.barrier_wait(self.scratch[f"{name}_full"].at[0])
+        copy_own(self.refs, self.scratch, self.group, sources, constants)
 
     def tile(self, index: Array, start: int, size: int) -> Tile:
         """Keys start ... start + size of block `index`."""
