@@ -109,6 +109,8 @@ def measured(size: int, positions: int) -> dict[str, dict]:
                     "spills": loop.spills,
                     "HGMMA": loop.count["HGMMA"],
                 }
+    if not found:
+        raise SystemExit(f"jax {jax.__version__} printed no machine code of the kernels.")
     return found
 
 

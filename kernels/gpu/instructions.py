@@ -145,7 +145,7 @@ def store_crossings(
         next_bin, address = arith.bitcast(_i32(), moved), llvm.ptrtoint(_i32(), pointer)
         code = "{.reg .pred p; setp.lt.s32 p, $0, $1; @p st.shared.v2.f32 [$2], {$3, $4};}"
         operands = [next_bin, bin_, address, total, moment]
-        llvm.inline_asm(None, operands, code, "r,r,r,f,f", has_side_effects=True)
+        llvm.inline_asm(None, operands, code, "r,r,r,f,f,~{memory}", has_side_effects=True)
         return ()
 
     store(slots, place, following, total, moment)

@@ -114,8 +114,9 @@ class Ring:
 
     def release(self, names: list[str], index: Array) -> None:
         """This warpgroup needs them no more."""
-        if self.plan.emulated:
-            # The interpreter's matrix products read as threads do, which needs a fence.
+        if self.plan.emulated or "tables" in names:
+            # What threads read needs a fence before a transfer writes over it: tables, and in the
+            # interpreter the operands of matrix products.
             plgpu.commit_smem()
         for name in names:
             plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[self.slot(index)])
