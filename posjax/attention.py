@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias, as_bias
-from posjax.choice import choose, on_device
+from posjax.choice import choose, note, on_device
 from posjax.kernels import blocks, blockwise, reference, sharding
 from posjax.kernels.gpu.support import unsupported as gpu_unsupported
 from posjax.kernels.tpu import attention as tpu
@@ -84,6 +84,7 @@ def dot_product_attention(
         query_segment_ids, key_segment_ids, local_window_size,
     )  # fmt: skip
     chosen = choose(implementation, _reasons(call))
+    note(chosen)
     query, key, value, bias, mask, scale = call
     if chosen == "jax":
         return jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=is_causal)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-__all__ = ["choose", "implementations_used", "on_device"]
+__all__ = ["choose", "implementations_used", "note", "on_device"]
 
 _BY_NAME = ("reference", "xla", "tpu", "gpu")
 # In the order in which they are taken where they can.
@@ -60,6 +60,10 @@ def choose(implementation: str | None, reasons: dict[str, str | None]) -> str:
         raise ValueError(
             f"implementation is {implementation!r}; it must be None or one of {names}."
         )
+    return chosen
+
+
+def note(chosen: str) -> None:
+    """Adds to the list of `implementations_used`, if there is one."""
     if _used.get() is not None:
         _used.get().append(chosen)
-    return chosen
