@@ -20,7 +20,7 @@ import posjax.kernels.tpu.attention
 import posjax.kernels.tpu.pipeline
 from posjax.kernels.blocks import TpuBlocks
 from tests import tolerances
-from tests.cases import Case, dense_narrow, linear, problem, run, run_with_gradients
+from tests.cases import Case, arrays, dense_narrow, linear, problem, run, run_with_gradients
 
 # Two registers of keys in a block, two blocks in memory, and up to three parts of the keys.
 BLOCKS = TpuBlocks(query=128, key=256, memory=512)
