@@ -60,12 +60,12 @@ def dot_product_attention(
         local_window_size: (left, right), or one number for both: keys farther from the query are
             not seen.
         implementation: "reference" (dense, float32 inside), "xla" (blockwise, O(T) memory, any
-            backend), "tpu" (Pallas; no bias, a `ContextualBias`, each `RelativeBias` with
-            `distance_only`, or their sum), "gpu" (Pallas, Hopper; bfloat16 and float16; no bias or
-            a `ContextualBias`); None chooses: on TPUs "tpu" where it can and there are at least
-            128 queries; elsewhere, without bias and with at most `is_causal`,
-            `jax.nn.dot_product_attention`; else "xla". With a `RelativeBias` "tpu" looks at the
-            positions when it runs, and is "xla" where they do not rise by one.
+            backend), "tpu" (Pallas; float32 and bfloat16), "gpu" (Pallas, Hopper; bfloat16 and
+            float16); the last two for no bias, a `ContextualBias`, each `RelativeBias` with
+            `distance_only`, or their sum. None chooses: on TPUs "tpu" where it can and there are at
+            least 128 queries; elsewhere, without bias and with at most `is_causal`,
+            `jax.nn.dot_product_attention`; else "xla". With a `RelativeBias` the Pallas kernels
+            look at the positions when they run, and are "xla" where they do not rise by one.
 
     Returns:
         [B, T, N, E] in query's dtype; E is the head size of value.

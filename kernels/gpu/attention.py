@@ -10,8 +10,11 @@ import jax.numpy as jnp
 
 from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
+from posjax.kernels.addends import contextual, relatives
 from posjax.kernels.blocks import GpuBlocks, gpu_sizes
 from posjax.kernels.common import LN2, LOG2E
+from posjax.kernels.distances import where_regular
+from posjax.kernels.gpu import bands
 from posjax.kernels.gpu.backward_keys import KEYS, key_gradients
 from posjax.kernels.gpu.backward_queries import query_gradients
 from posjax.kernels.gpu.forward import forward
@@ -40,6 +43,9 @@ def attention(
 ) -> Num[Array, "B T N E"]:
     """Attention by the GPU kernels; a query that may attend to nothing gives 0.
 
+    Where the positions of a `RelativeBias` turn out not to rise by one from token to token (see
+    `distances.is_regular`), this is `kernels.blockwise`.
+
     Args:
         blocks: None: those of `kernels.blocks`.
 
@@ -49,13 +55,31 @@ def attention(
     reason = unsupported(query, value, bias, mask)
     if reason is not None:
         raise NotImplementedError(f'{reason}; use implementation="xla".')
+    run = functools.partial(_by_kernels, scale=scale, blocks=blocks)
+    by_distance = relatives(bias)
+    if not by_distance:
+        return run(query, key, value, bias, mask)
+    return where_regular(run, by_distance, query, key, value, bias, mask, scale)
+
+
+def _by_kernels(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Bias | None,
+    mask: Mask,
+    *,
+    scale: float,
+    blocks: GpuBlocks | None,
+) -> Array:
+    by_distance, bias = relatives(bias), contextual(bias)
     size = next(size for size in SIZES if size >= max(query.shape[3], value.shape[3]))
     if blocks is None:
         positions = 0 if bias is None else bias.num_positions
         blocks = gpu_sizes(size, positions, bias is not None and bias.gate_key is not None)
     length, keys = query.shape[1], key.shape[1]
     padding = -length % (ROWS * GROUPS), -keys % blocks.key
-    mask = padded(mask, *padding)
+    positions, mask = mask, padded(mask, *padding)
     plan = Plan(
         scale=scale,
         blocks=blocks,
@@ -64,6 +88,8 @@ def attention(
         window=mask.window,
         segments=mask.query.segment_ids is not None,
         contextual=_contextual(bias, scale),
+        relative=bool(by_distance),
+        trained=bool(jax.tree.leaves([part.params for part in by_distance])),
         emulated=interpreting(),
     )
     ranges = walk_ranges(mask, ROWS, blocks.key)
@@ -75,6 +101,9 @@ def attention(
     }
     if bias is not None:
         arrays |= _of_bias(query, key, bias, padding, size, scale)
+    if by_distance:
+        lengths = length + padding[0], keys + padding[1]
+        arrays["bands"] = bands.of_biases(by_distance, positions, *lengths)
     arrays = same_heads(arrays, axis=2)
     numbers = {"ranges": ranges.flat, "key_ranges": of_keys.flat}
     output = _attention(plan, ranges.batch, arrays, numbers, _sides(plan, mask))
@@ -165,6 +194,8 @@ def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
     ranges, of_keys = (_ranges(rows, numbers[name]) for name in ("ranges", "key_ranges"))
     of_queries = query_gradients(plan, ranges, inputs)
     grads = {"query": of_queries["query_gradient"]}
+    if plan.relative:
+        grads["bands"] = _bands_gradient(plan, ranges, arrays["bands"], of_queries)
     if own:
         grads |= _gradients_of_counts(plan, arrays, of_queries)
         inputs["prefixes"] = of_queries["prefixes"]
@@ -174,6 +205,15 @@ def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
             made = key_gradients(plan, ranges, of_keys, inputs, wanted)
             grads |= {name: made[f"{name}_gradient"] for name in wanted}
     return {name: grads[name].astype(x.dtype) for name, x in arrays.items()}, None, None
+
+
+def _bands_gradient(plan: Plan, ranges: Ranges, array: Array, found: dict[str, Array]) -> Array:
+    """Zeros where nothing trains."""
+    if not plan.trained:
+        return jnp.zeros_like(array)
+    gradient = bands.gradient(found["bands_gradient"], ranges, plan)
+    shared = tuple(axis for axis in (0, 1) if array.shape[axis] == 1)
+    return jnp.sum(gradient, axis=shared, keepdims=True)
 
 
 def _constants(plan: Plan) -> dict[str, Array]:

@@ -28,7 +28,7 @@ from posjax.kernels.gpu.instructions import multiply_transposed_into
 from posjax.kernels.gpu.layout import Refs, launch, matrix, share_registers, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import SAVED, Place, Tile, gate_bias
-from posjax.kernels.gpu.walk import Ring, copy_own, own_span, union
+from posjax.kernels.gpu.walk import Ring, band_of, copy_own, own_span, union
 from posjax.kernels.ranges import Ranges, Span
 from posjax.types import Array, Float, Int
 
@@ -91,6 +91,8 @@ def _scratch(plan: Plan, groups: int, inputs: dict[str, Array], wanted: tuple[st
         passing["tables"] = plgpu.SMEM((_STAGES, ROWS, inputs["tables"].shape[3]), jnp.float32)
         constants["lower"] = operand((HALF, HALF), jnp.float16)
         constants["upper"] = operand((HALF, HALF), jnp.bfloat16)
+    if plan.relative:
+        passing["bands"] = plgpu.SMEM((_STAGES, ROWS + groups * KEYS), jnp.float32)
     scratch = with_barriers(own=own, constants=constants, passing=passing, groups=groups)
     turned = operand((groups, ROWS, KEYS), dtype)
     return scratch | {f"{name}_weights": turned for name in wanted}
@@ -111,7 +113,8 @@ def _kernel(
     low, high = union(spans)
     blocks = jnp.maximum(high - low + 1, 0)
     shared = refs["query"].shape[2] // refs["key"].shape[2]
-    names = ["query", "cotangent", *["tables"] * (plan.contextual is not None)]
+    names = ["query", "cotangent"]
+    names += ["tables"] * (plan.contextual is not None) + ["bands"] * plan.relative
     ring = Ring(plan, scratch, names, _STAGES, jnp.int32(0), 1)
     first_head = jax.lax.axis_index("key_head") * shared
     walk = _Walk(first_head, low, blocks, blocks * shared)
@@ -119,6 +122,9 @@ def _kernel(
     def source(step, name):
         head, block = walk.at(step)
         rows = pl.ds(block * ROWS, ROWS)
+        if name == "bands":
+            keys = pl.ds(tile * groups * KEYS, groups * KEYS)
+            return band_of(refs, batch, head, rows, keys)
         at = (batch, head, rows) if name == "tables" else (batch, rows, head)
         return refs[name].at[at]
 
@@ -242,6 +248,9 @@ class _Keys:
         """Half of the keys: registers hold no more beside the sums."""
         slot, keys = self.ring.slot(index), pl.ds(number * HALF, HALF)
         operands = {name: self.scratch[name].at[slot] for name in self.ring.names}
+        if "bands" in operands:
+            start = self.group * KEYS + number * HALF
+            operands["bands"] = self.scratch["bands"].at[slot, pl.ds(start, ROWS + HALF)]
         operands |= {name: self.scratch[name].at[self.group, keys] for name in _own(self.plan)}
         operands |= {n: self.scratch[n] for n in ("lower", "upper") if n in self.scratch}
         place = Place(self.batch, head, row, self.number * KEYS + number * HALF)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from posjax.kernels.gpu import bands
+from posjax.kernels.gpu.diagonals import collect
 from posjax.kernels.gpu.gradients import (
     HALF,
     Counted,
@@ -69,12 +71,12 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
 
     `prefixes` [B, N, S / 64, T]: sums of dplace on the left of every 64 keys that count; `slots`
     [B, N, T, words], `total` and `moment` [B, N, T]: running sums where places cross into a lower
-    bin, and at the end; `gate_bias_gradient` [B, N, T]: sums of dx.
+    bin, and at the end; `gate_bias_gradient` [B, N, T]: sums of dx. With a bias of the distance
+    that trains also `bands_gradient`, see `bands.gradient_shape`.
     """
     batch, length, heads, size = inputs["query"].shape
     shape = (batch, length, heads, size)
     outputs = {"query_gradient": jax.ShapeDtypeStruct(shape, inputs["query"].dtype)}
-    groups = GROUPS
     if plan.contextual is not None:
         rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
         words = inputs["unwritten"].shape[1]
@@ -84,8 +86,10 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
             "slots": jax.ShapeDtypeStruct((batch, heads, length, words), jnp.float32),
             **dict.fromkeys(("total", "moment", "gate_bias_gradient"), rows),
         }
-        # Large tables and slots leave no room for a second warpgroup's.
-        groups = GROUPS if plan.contextual.positions <= 64 else 1
+    if plan.trained:
+        shape = bands.gradient_shape(inputs)
+        outputs["bands_gradient"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    groups = _groups(plan)
     return launch(
         functools.partial(_kernel, plan, ranges, groups),
         inputs,
@@ -95,6 +99,13 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
         name="posjax_attention_backward_queries",
         groups=groups,
     )
+
+
+def _groups(plan: Plan) -> int:
+    """Warpgroups that compute: large tables, slots and sums leave no room for a second one's."""
+    if plan.contextual is None:
+        return GROUPS
+    return 1 if plan.contextual.positions > 64 or plan.trained else GROUPS
 
 
 def _scratch(plan: Plan, groups: int, inputs: dict[str, Array]) -> dict:
@@ -108,7 +119,10 @@ def _scratch(plan: Plan, groups: int, inputs: dict[str, Array]) -> dict:
         constants["lower"] = operand((HALF, HALF), jnp.float16)
         constants["upper"] = operand((HALF, HALF), jnp.bfloat16)
     passing = dict.fromkeys(fetched(plan), operand((_stages(size), HALF, size), dtype))
-    return with_barriers(own=own, constants=constants, passing=passing, groups=groups)
+    if plan.relative:
+        passing["bands"] = plgpu.SMEM((_stages(size), groups * ROWS + HALF), jnp.float32)
+    scratch = with_barriers(own=own, constants=constants, passing=passing, groups=groups)
+    return scratch | (bands.scratch_shapes(groups) if plan.trained else {})
 
 
 def _stages(size: int) -> int:
@@ -130,7 +144,9 @@ def _kernel(plan: Plan, ranges: Ranges, groups: int, refs: Refs, scratch: Refs) 
     @pl.when(group == groups)
     def _():
         share_registers(groups, computes=False)
-        ring.fetch(2 * jnp.maximum(high - low + 1, 0), keys_of(refs, batch, head, HALF))
+        rows = pl.ds(tile * groups * ROWS, groups * ROWS)
+        sources = keys_of(refs, batch, head, rows, HALF)
+        ring.fetch(2 * jnp.maximum(high - low + 1, 0), sources)
 
     @pl.when(group < groups)
     def _():
@@ -154,6 +170,8 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
     queries.fetch_own(["query", "cotangent"], ["tables"] * own, ["lower", "upper"] * own)
     if own:
         queries.fill("slots", "unwritten")
+    if plan.trained:
+        bands.clear(queries)
     zero = per_row(0.0) if own else None
     walk = Walk(
         plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
@@ -208,15 +226,22 @@ def _pair(
         left.save("prefixes", walk.left, index)
         places = places_of_halves(left, right, index, masked)
     for number, (tile, place) in enumerate(zip((left, right), places, strict=True)):
-        walk = _half(tile, rows, walk, place, masked)
+        walk = _half(tile, rows, walk, place, masked, number)
         ring.release(ring.names, 2 * index + number)
+    if queries.plan.trained:
+        bands.send(queries, index)
     return walk
 
 
-def _half(tile: Tile, rows: Rows, walk: Walk, place: Array | None, masked: bool) -> Walk:
+def _half(
+    tile: Tile, rows: Rows, walk: Walk, place: Array | None, masked: bool, number: int
+) -> Walk:
     plan, dtype = tile.plan, tile.operands["key"].dtype
     multiply = functools.partial(multiply_into, emulated=plan.emulated)
     counted, found = gradients_of(tile, rows._replace(left=walk.left), place, masked)
+    if plan.trained:
+        start = number * HALF
+        collect(tile.operands["sums"], found.dlogits, start=start, emulated=plan.emulated)
     query = multiply(walk.query, of_keys(plan, found).astype(dtype), tile.operands["key"])
     if counted is None:
         return walk._replace(query=query)

@@ -85,6 +85,9 @@ def _scratch(plan: Plan, inputs: dict[str, Array]) -> dict:
         own["tables"] = plgpu.SMEM((GROUPS, *_table_shape(inputs)), jnp.float32)
         constants["lower"] = matrix((blocks.count, blocks.count), jnp.float16)
     passing = dict.fromkeys(fetched(plan), matrix((blocks.stages, blocks.key, size), dtype))
+    if plan.relative:
+        words = ROWS * GROUPS + blocks.key
+        passing["bands"] = plgpu.SMEM((blocks.stages, words), jnp.float32)
     return with_barriers(own=own, constants=constants, passing=passing)
 
 
@@ -103,7 +106,9 @@ def _kernel(plan: Plan, ranges: Ranges, refs: Refs, scratch: Refs) -> None:
     @pl.when(group == GROUPS)
     def _():
         share_registers(GROUPS, computes=False)
-        ring.fetch(jnp.maximum(high - low + 1, 0), keys_of(refs, batch, head, plan.blocks.key))
+        rows = pl.ds(tile * GROUPS * ROWS, GROUPS * ROWS)
+        sources = keys_of(refs, batch, head, rows, plan.blocks.key)
+        ring.fetch(jnp.maximum(high - low + 1, 0), sources)
 
     @pl.when(group < GROUPS)
     def _():
@@ -153,7 +158,8 @@ def _block(queries: Queries, index: Array, walk: Walk, *, counts: bool, masked: 
     size = plan.blocks.count if counts else plan.blocks.key
     # Masks take registers.
     size = min(size, 64) if masked else size
-    names = [name for name in ring.names if name != "value"]
+    late = [name for name in ring.names if name in ("value", "bands")]
+    names = [name for name in ring.names if name not in late]
     ring.wait(names, index)
     starts = list(reversed(range(0, plan.blocks.key, size)))
     for start in starts:
@@ -164,17 +170,22 @@ def _block(queries: Queries, index: Array, walk: Walk, *, counts: bool, masked: 
         if start == 0:
             ring.release(names, index)
         allowed = tile.allowed() if masked else None
-        unit = plan.scale * LOG2E
-        logits = (dots, unit) if unit > 0 else (dots * unit, 1.0)
+        if start == starts[0] and plan.relative:
+            ring.wait(["bands"], index)
+        unit, values = plan.scale * LOG2E, None
         if counts:
             places = tile.places(tile.gates(gate_dots, allowed), walk.place)
-            logits = dots * unit + tile.table_values(places).bias, 1.0
+            values = tile.table_values(places)
             walk = walk._replace(place=_save_places(tile, places, walk.place))
+        if unit > 0 and not (counts or plan.relative):
+            logits = dots, unit
+        else:
+            logits = tile.logits(dots, values), 1.0
         if start == starts[0]:
             # Softmax is on its way meanwhile.
             ring.wait(["value"], index)
         walk = _absorb(tile, walk, *logits, allowed)
-    ring.release(["value"], index)
+    ring.release(late, index)
     return walk
 
 

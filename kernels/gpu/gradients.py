@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.kernels.common import LN2, LOG2E
+from posjax.kernels.common import LN2
 from posjax.kernels.gpu.instructions import multiply_into
 from posjax.kernels.gpu.plan import Plan
 from posjax.kernels.gpu.tiles import SAVED, Tile, Values, along_rows
@@ -103,9 +103,7 @@ def gradients_of(
 def _gradients(
     tile: Tile, dots: Array, counted: Counted | None, rows: Rows, allowed: Array | None
 ) -> Gradients:
-    logits = dots * (tile.plan.scale * LOG2E)
-    if counted is not None:
-        logits = logits + counted.values.bias
+    logits = tile.logits(dots, None if counted is None else counted.values)
     weights = jnp.exp2(logits - along_rows(rows.lse, tile.shape))
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)

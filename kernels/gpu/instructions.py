@@ -22,13 +22,18 @@ from posjax.types import Array, Float, Num
 __all__ = [
     "MAGIC",
     "ROW_PADDING",
+    "element",
+    "i32",
     "load",
     "multiply_into",
     "multiply_transposed_into",
     "products",
     "reciprocal",
+    "shared_pointer",
     "store_crossings",
     "table_values",
+    "whole",
+    "with_element",
 ]
 
 # Adding it to a number of less than 2^22 leaves the nearest whole number in the last bits.
@@ -142,7 +147,7 @@ def store_crossings(
         inside = arith.minimumf(place, arith.constant(f32, last))
         pointer, bin_, _ = _entry(rows, inside, row, 8)
         moved = arith.addf(following, arith.constant(f32, MAGIC))
-        next_bin, address = arith.bitcast(_i32(), moved), llvm.ptrtoint(_i32(), pointer)
+        next_bin, address = arith.bitcast(i32(), moved), llvm.ptrtoint(i32(), pointer)
         code = "{.reg .pred p; setp.lt.s32 p, $0, $1; @p st.shared.v2.f32 [$2], {$3, $4};}"
         operands = [next_bin, bin_, address, total, moment]
         llvm.inline_asm(None, operands, code, "r,r,r,f,f,~{memory}", has_side_effects=True)
@@ -184,34 +189,36 @@ def _look_up(rows, place: ir.Value, row: ir.Value, packed: bool) -> tuple[ir.Val
     f32, fma = ir.F32Type.get(), llvm.intr_fma
     if packed:
         word = llvm.load(f32, pointer)
-        bits = arith.shli(arith.bitcast(_i32(), word), _whole(16))
+        bits = arith.shli(arith.bitcast(i32(), word), whole(16))
         slope = arith.bitcast(f32, bits)
         return fma(fraction, slope, word), slope, fraction
     pair = llvm.load(ir.VectorType.get((2,), f32), pointer, alignment=8)
-    offset, slope = (_element(pair, n) for n in range(2))
+    offset, slope = (element(pair, n) for n in range(2))
     return fma(place, slope, offset), slope, fraction
 
 
 def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, ...]:
     """Where the entry of a place is, of `size` bytes; its bin in bits; where in it the place is."""
     stride = ir.MemRefType(rows.type).shape[-1] * 4
-    start = llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(rows))
-    start = arith.addi(start, _whole(_wrapped(-size * _MAGIC_BITS)))
-    start = arith.addi(start, arith.muli(arith.index_cast(_i32(), row), _whole(stride)))
+    start = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(rows))
+    start = arith.addi(start, whole(_wrapped(-size * _MAGIC_BITS)))
+    start = arith.addi(start, arith.muli(arith.index_cast(i32(), row), whole(stride)))
     magic = arith.constant(ir.F32Type.get(), MAGIC)
     moved = arith.addf(place, magic)
-    bin_ = arith.bitcast(_i32(), moved)
-    address = arith.addi(start, arith.muli(bin_, _whole(size)))
+    bin_ = arith.bitcast(i32(), moved)
+    address = arith.addi(start, arith.muli(bin_, whole(size)))
     fraction = arith.subf(place, arith.subf(moved, magic))
-    return llvm.inttoptr(llvm.PointerType.get(_SHARED), address), bin_, fraction
+    return shared_pointer(address), bin_, fraction
 
 
-def _i32() -> ir.Type:
+def i32() -> ir.Type:
+    """Whole numbers of 32 bits."""
     return ir.IntegerType.get_signless(32)
 
 
-def _whole(n: int) -> ir.Value:
-    return arith.constant(_i32(), n)
+def whole(n: int) -> ir.Value:
+    """A constant."""
+    return arith.constant(i32(), n)
 
 
 def _wrapped(n: int) -> int:
@@ -219,8 +226,20 @@ def _wrapped(n: int) -> int:
     return (n + 2**31) % 2**32 - 2**31
 
 
-def _element(x: ir.Value, n: int) -> ir.Value:
+def shared_pointer(address: ir.Value) -> ir.Value:
+    """Into shared memory, from its address."""
+    return llvm.inttoptr(llvm.PointerType.get(_SHARED), address)
+
+
+def element(x: ir.Value, n: int) -> ir.Value:
+    """Number `n` of a register."""
     return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([n]))
+
+
+def with_element(x: ir.Value, value: ir.Value, n: int) -> ir.Value:
+    """A register with another number `n`."""
+    place = ir.DenseI64ArrayAttr.get([n])
+    return vector.insert(value, x, dynamic_position=[], static_position=place)
 
 
 def _per_element(
@@ -256,14 +275,10 @@ def _map_registers(function, arrays, outputs: int) -> list:
         kind = first.registers[at].type
         results = [llvm.mlir_undef(kind) for _ in range(outputs)]
         for n in range(ir.VectorType(kind).shape[0]):
-            values = function(*(_element(x.registers[at], n) for x in arrays), row)
+            values = function(*(element(x.registers[at], n) for x in arrays), row)
             results = [
-                vector.insert(
-                    value, old, dynamic_position=[],
-                    static_position=ir.DenseI64ArrayAttr.get([n]),
-                )
-                for value, old in zip(values, results, strict=True)
-            ]  # fmt: skip
+                with_element(old, value, n) for value, old in zip(values, results, strict=True)
+            ]
         for target, result in zip(found, results, strict=True):
             target[at] = result
     make = functools.partial(mgpu.FragmentedArray, _layout=first.layout, _is_signed=None)

@@ -52,8 +52,9 @@ class Contextual:
 class Plan:
     """Everything static about one call; arrays are padded to whole blocks.
 
-    `queries` is the number of real queries; `emulated` tells that the interpreter runs the kernels,
-    see `instructions`.
+    `queries` is the number of real queries; `relative` tells whether there is a bias of the
+    distance, see `bands`, and `trained` whether it has arrays to train; `emulated` tells that the
+    interpreter runs the kernels, see `instructions`.
     """
 
     scale: float
@@ -63,6 +64,8 @@ class Plan:
     window: tuple[int, int] | None
     segments: bool
     contextual: Contextual | None
+    relative: bool = False
+    trained: bool = False
     emulated: bool = False
 
     @property

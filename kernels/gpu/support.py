@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias
-from posjax.biases.contextual import ContextualBias
+from posjax.kernels.addends import contextual, refused
 from posjax.masks import Mask
 from posjax.types import Shaped
 
@@ -28,17 +28,12 @@ def unsupported(query: Shaped, value: Shaped, bias: Bias | None, mask: Mask) -> 
         return f"head size {largest} is greater than {SIZES[-1]}, the largest of the GPU kernels"
     if mask.array is not None:
         return "an explicit mask array has no block that the GPU kernels could leave out"
-    if bias is None:
-        return None
-    if not isinstance(bias, ContextualBias):
-        return f"{type(bias).__name__} has no GPU kernel"
-    if bias.num_positions > _MOST_POSITIONS:
+    own = contextual(bias)
+    if own is not None and own.num_positions > _MOST_POSITIONS:
         return (
-            f"the table has {bias.num_positions} rows; the GPU kernels take up to {_MOST_POSITIONS}"
+            f"the table has {own.num_positions} rows; the GPU kernels take up to {_MOST_POSITIONS}"
         )
-    if bias.direction == "forward":
-        return 'direction="forward" counts from the far end, and the GPU kernels start at the query'
-    return None
+    return refused(bias, "GPU")
 
 
 def _compute_capability() -> tuple[int, ...] | None:

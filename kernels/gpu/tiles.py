@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.common import LOG2E
-from posjax.kernels.gpu import instructions
+from posjax.kernels.gpu import diagonals, instructions
 from posjax.kernels.gpu.layout import Refs, per_row, row_layout
 from posjax.kernels.gpu.plan import ROWS, Plan
 from posjax.types import Array, Bool, Float, Int, Num
@@ -63,7 +63,7 @@ class Tile:
     """64 queries and some keys.
 
     `refs` are the kernel's arguments, `operands` the tile's own parts in shared memory: query, key,
-    value and, where there are any, gate_key, tables, cotangent, lower, upper.
+    value and, where there are any, gate_key, tables, bands, cotangent, lower, upper, sums.
     """
 
     plan: Plan
@@ -148,6 +148,16 @@ class Tile:
     def left(self, places: Float[Array, "64 n"], start: int = 0) -> Float[Array, "64"]:
         """The place on the left of key `start`: places fall to the right."""
         return jnp.max(places[:, start : start + _FIRST], axis=1)
+
+    def logits(self, dots: Float[Array, "64 n"], values: Values | None) -> Float[Array, "64 n"]:
+        """Products with all biases, in units of ln 2; `values` where there are counts."""
+        factor = self.plan.scale * LOG2E
+        if values is not None:
+            dots, factor = dots * factor + values.bias, 1.0
+        if not self.plan.relative:
+            return dots if factor == 1.0 else dots * factor
+        band, emulated = self.operands["bands"], self.plan.emulated
+        return diagonals.add_band(band, dots, factor, emulated=emulated)
 
     def table_values(self, places: Float[Array, "64 n"]) -> Values:
         """Bias, slope and fraction; beyond the end of the table both are 0."""

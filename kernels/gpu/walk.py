@@ -17,6 +17,7 @@ from posjax.types import Array, Float, Int
 __all__ = [
     "Queries",
     "Ring",
+    "band_of",
     "copy_own",
     "fetched",
     "keys_of",
@@ -30,14 +31,24 @@ __all__ = [
 def fetched(plan: Plan) -> list[str]:
     """What is fetched for each block of keys."""
     own = plan.contextual is not None and plan.contextual.own_gate_key
-    return ["key", *["gate_key"] * own, "value"]
+    return ["key", *["gate_key"] * own, "value", *["bands"] * plan.relative]
 
 
-def keys_of(refs: Refs, batch: Array, head: Array, size: int):
-    """Where a block of keys, values or gate keys is in global memory, for `Ring.fetch`."""
+def band_of(refs: Refs, batch: Array, head: Array, queries: pl.Slice, keys: pl.Slice):
+    """The piece of `bands` for these queries and keys: as many words as both have tokens."""
+    array = refs["bands"]
+    last = refs["query"].shape[1] - queries.size
+    where = pl.ds(keys.start - queries.start + last, queries.size + keys.size)
+    return array.at[batch if array.shape[0] > 1 else 0, head if array.shape[1] > 1 else 0, where]
+
+
+def keys_of(refs: Refs, batch: Array, head: Array, queries: pl.Slice, size: int):
+    """Where a block of keys, values, gate keys or its band is, for `Ring.fetch`."""
 
     def source(index: Array, name: str):
         array = refs[name]
+        if name == "bands":
+            return band_of(refs, batch, head, queries, pl.ds(index * size, size))
         own = jax.lax.div(head, refs["query"].shape[2] // array.shape[2])
         return array.at[batch, pl.ds(index * size, size), own]
 
@@ -114,9 +125,9 @@ class Ring:
 
     def release(self, names: list[str], index: Array) -> None:
         """This warpgroup needs them no more."""
-        if self.plan.emulated or "tables" in names:
-            # What threads read needs a fence before a transfer writes over it: tables, and in the
-            # interpreter the operands of matrix products.
+        if self.plan.emulated or {"tables", "bands"} & set(names):
+            # What threads read needs a fence before a transfer writes over it: tables, bands, and
+            # in the interpreter the operands of matrix products.
             plgpu.commit_smem()
         for name in names:
             plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[self.slot(index)])
@@ -177,12 +188,15 @@ class Queries:
         slot, block = self.ring.slot(index), self.scratch["key"].shape[1]
         operands = {
             name: self.scratch[name].at[self.group]
-            for name in ("query", "cotangent", "tables", "slots")
+            for name in ("query", "cotangent", "tables", "slots", "sums")
             if name in self.scratch
         }
-        operands |= {
-            name: self.scratch[name].at[slot, pl.ds(start, size)] for name in self.ring.names
-        }
+        starts = dict.fromkeys(self.ring.names, pl.ds(start, size))
+        if "bands" in starts:
+            # The last warpgroup's queries have the first diagonals.
+            groups = self.scratch["query"].shape[0]
+            starts["bands"] = pl.ds((groups - 1 - self.group) * ROWS + start, ROWS + size)
+        operands |= {name: self.scratch[name].at[slot, where] for name, where in starts.items()}
         operands |= {n: self.scratch[n] for n in ("lower", "upper") if n in self.scratch}
         place = self.place._replace(key=index * block + start)
         return Tile(self.plan, self.refs, operands, place, size, self.gate_bias)

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 
 from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
-from posjax.biases.relative import RelativeBias
-from posjax.biases.total import addends
-from posjax.kernels import blockwise
-from posjax.kernels.blocks import TpuBlocks, blockwise_sizes, tpu_generation, tpu_sizes
+from posjax.kernels.addends import contextual, refused, relatives
+from posjax.kernels.blocks import TpuBlocks, tpu_generation, tpu_sizes
 from posjax.kernels.common import LOG2E
+from posjax.kernels.distances import where_regular
 from posjax.kernels.padding import padded, same_heads
 from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.kernels.tpu import counting, relative
@@ -35,21 +34,7 @@ def unsupported(query: Shaped, bias: Bias | None, mask: Mask) -> str | None:
         return f"query has dtype {query.dtype}; the TPU kernels take float32 and bfloat16"
     if mask.array is not None:
         return "an explicit mask array has no block that the TPU kernels could leave out"
-    parts = addends(bias)
-    for part in parts:
-        if isinstance(part, RelativeBias) and not part.distance_only:
-            name = getattr(part.function, "__name__", type(part.function).__name__)
-            return f"RelativeBias without distance_only (its function is {name}) has no TPU kernel"
-        if not isinstance(part, ContextualBias | RelativeBias):
-            return f"{type(part).__name__} has no TPU kernel"
-        if isinstance(part, ContextualBias) and part.direction == "forward":
-            return (
-                'direction="forward" counts from the far end, and the TPU kernels start at the '
-                "query"
-            )
-    if sum(isinstance(part, ContextualBias) for part in parts) > 1:
-        return "a sum of several ContextualBias has no TPU kernel"
-    return None
+    return refused(bias, "TPU")
 
 
 def attention(
@@ -65,7 +50,7 @@ def attention(
     """Attention by the TPU kernels; a query that may attend to nothing gives 0.
 
     Where the positions of a `RelativeBias` turn out not to rise by one from token to token (see
-    `relative.is_regular`), this is `kernels.blockwise`.
+    `distances.is_regular`), this is `kernels.blockwise`.
 
     Args:
         blocks: None: the fastest of the chip.
@@ -78,26 +63,17 @@ def attention(
     if reason is not None:
         raise NotImplementedError(f'{reason}; use implementation="xla".')
     lengths = query.shape[1], key.shape[1]
-    relatives = _relatives(bias)
-    blocks = tpu_sizes(*lengths, relative=bool(relatives)) if blocks is None else blocks
+    own = relatives(bias)
+    blocks = tpu_sizes(*lengths, relative=bool(own)) if blocks is None else blocks
     run = functools.partial(_by_kernels, scale=scale, blocks=blocks)
-    if not relatives:
+    if not own:
         return run(query, key, value, bias, mask)
     if not relative.fits(blocks):
         raise ValueError(
             f"{blocks} do not fit a relative bias; query must be a multiple of key / {LANES}, and "
             "at most key."
         )
-    sizes = blockwise_sizes(*lengths)
-    instead = functools.partial(blockwise.attention, scale=scale, blocks=sizes)
-    regular = functools.reduce(jnp.logical_and, (relative.is_regular(x, mask) for x in relatives))
-    if not isinstance(regular, jax.core.Tracer):
-        return (run if regular else instead)(query, key, value, bias, mask)
-    return jax.lax.cond(regular, run, instead, query, key, value, bias, mask)
-
-
-def _relatives(bias: Bias | None) -> list[RelativeBias]:
-    return [part for part in addends(bias) if isinstance(part, RelativeBias)]
+    return where_regular(run, own, query, key, value, bias, mask, scale)
 
 
 def _by_kernels(
@@ -112,8 +88,7 @@ def _by_kernels(
 ) -> Array:
     length, keys = query.shape[1], key.shape[1]
     padding = -length % blocks.query, -keys % blocks.key
-    relatives = _relatives(bias)
-    bias = next((part for part in addends(bias) if isinstance(part, ContextualBias)), None)
+    by_distance, bias = relatives(bias), contextual(bias)
     if scale == 0 and bias is not None and bias.gate_scale and bias.gate_key is None:
         # Gates come from the scaled products of query and key, of which nothing is left here.
         bias = dataclasses.replace(bias, gate_key=key)
@@ -126,14 +101,14 @@ def _by_kernels(
         window=mask.window,
         segments=mask.query.segment_ids is not None,
         contextual=_contextual(query, bias, scale, blocks),
-        relative=bool(relatives),
+        relative=bool(by_distance),
     )
     numbers = walk_ranges(mask, blocks.query, blocks.key)
     arrays = same_heads(_heads_first(plan, padding, query, key, value, bias), axis=1)
     arrays |= {} if bias is None else _tables(plan, bias, query.shape[2])
-    if relatives:
+    if by_distance:
         lengths = length + padding[0], keys + padding[1]
-        arrays["strips"] = relative.strips(relatives, positions, plan, *lengths)
+        arrays["strips"] = relative.strips(by_distance, positions, plan, *lengths)
     output = _attention(plan, numbers.batch, arrays, numbers.flat, _sides(plan, mask))
     return jnp.swapaxes(output, 1, 2)[:, :length]
 

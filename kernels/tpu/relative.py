@@ -21,11 +21,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.biases.relative import RelativeBias
 from posjax.kernels.blocks import TpuBlocks
-from posjax.kernels.common import LN2, LOG2E
+from posjax.kernels.common import LN2
+from posjax.kernels.distances import by_distance
 from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.registers import chunks, join, rolled
 from posjax.masks import Mask
-from posjax.types import Array, Bool, Float, Int
+from posjax.types import Array, Float, Int
 
 __all__ = [
     "add",
@@ -33,7 +34,6 @@ __all__ = [
     "end_gradient",
     "fill",
     "fits",
-    "is_regular",
     "scratch_shapes",
     "strips",
 ]
@@ -45,32 +45,6 @@ _CUT = 3 * LANES
 def fits(blocks: TpuBlocks) -> bool:
     """Whether a band of these blocks can be cut out of three registers."""
     return blocks.query % (blocks.key // LANES) == 0 and blocks.query <= blocks.key
-
-
-def is_regular(bias: RelativeBias, mask: Mask) -> Bool[Array, ""]:
-    """Whether the distances of all visible pairs are those of their places in memory, and a shift.
-
-    So it is where positions rise by one throughout, and in packed sequences where they do so in
-    each segment, from the same position in queries and keys.
-    """
-    query, key = _positions(bias, mask)
-    query, key = (x - jnp.arange(x.shape[1])[None] for x in (query, key))
-    steady = jnp.all(query == query[:, :1]) & jnp.all(key == key[:, :1])
-    ids, others = mask.query.segment_ids, mask.key.segment_ids
-    if ids is None or ids.shape != others.shape or query.shape[1] != key.shape[1]:
-        return steady
-    runs, kinds = (jnp.sum(x[:, 1:] != x[:, :-1], axis=1) for x in (ids, jnp.sort(ids, axis=1)))
-    inside = ids[:, 1:] == ids[:, :-1]
-    packed = jnp.all(ids == others) & jnp.all(runs == kinds) & jnp.all(query == key)
-    return steady | (packed & jnp.all(~inside | (query[:, 1:] == query[:, :-1])))
-
-
-def _positions(bias: RelativeBias, mask: Mask) -> tuple[Array, Array]:
-    query, key = bias.query_positions, bias.key_positions
-    return (
-        mask.query.positions if query is None else query,
-        mask.key.positions if key is None else key,
-    )
 
 
 def strips(
@@ -86,18 +60,8 @@ def strips(
     width = -(-(queries + keys) // count // LANES) * LANES + _CUT - LANES
     row, lane = jnp.arange(count)[:, None], jnp.arange(width)[None, :]
     places = queries - count * (1 + lane) + row + 1
-    # Beyond the real tokens nothing is visible, and a function need not be defined.
-    places = jnp.clip(places, 1 - mask.key.length, mask.query.length - 1).reshape(1, -1)
-
-    def one(bias: RelativeBias) -> Array:
-        query, key = _positions(bias, mask)
-        packed = jnp.any(query[:, 1:] - query[:, :-1] != 1, axis=1, keepdims=True)
-        shift = jnp.where(packed, 0, query[:, :1] - key[:, :1])
-        origin = jnp.zeros((1, 1), shift.dtype)
-        found = bias.function(bias.params, places + shift, origin).astype(jnp.float32)
-        return found.reshape(*found.shape[:2], count, width)
-
-    return sum(map(one, biases)) * LOG2E
+    found = by_distance(biases, mask, places.reshape(-1))
+    return found.reshape(*found.shape[:2], count, width)
 
 
 def scratch_shapes(plan: Plan, gradient: bool) -> dict:

@@ -29,7 +29,7 @@ class RelativeBias(Bias):
             gradient.
         key_positions: likewise, [B or 1, S].
         distance_only: whether the function depends on the difference of the two positions alone,
-            query position - key position. The TPU kernels ask for it.
+            query position - key position. The TPU and GPU kernels ask for it.
 
     >>> def distance(slope, i, j):
     ...     return -slope * (i[:, None, :, None] - j[:, None, None, :])

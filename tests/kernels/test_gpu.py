@@ -15,7 +15,7 @@ import pytest
 
 import posjax
 from tests import tolerances
-from tests.cases import Case, problem, run, run_with_gradients
+from tests.cases import Case, linear, problem, run, run_with_gradients
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 needs_interpreter = pytest.mark.skipif(
@@ -81,6 +81,16 @@ CASES = {
     "own gate key": {"bias": "cope per head", "size": 128, "segments": True, "dtype": "float16"},
     "large table": {"positions": 100, "size": 80, "window": (200, 0)},
     "bidirectional": {"causal": False, "offset": False, "keys": 200, "batch": 2},
+    "distance": {
+        "bias": "relative",
+        "size": 128,
+        "kv_heads": 2,
+        "segments": True,
+        "dtype": "float16",
+        # All distances of one segment would be great, and softmax sees but their differences.
+        "offset": False,
+    },
+    "count and distance": {"bias": "cope + relative", "keys": 300, "batch": 2},
     "no bias": {"bias": "none", "heads": 4, "kv_heads": 2, "segments": True, "batch": 2},
 }
 
@@ -95,9 +105,49 @@ def test_values_and_gradients(changes, interpreter):
     assert_near(got, *exactly(case, inputs, params))
 
 
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A bias of the distance with nothing to train."""
+
+    slope: float
+
+    def __call__(self, params, query_positions, key_positions):
+        return linear(jnp.full((2,), self.slope), query_positions, key_positions)
+
+
+@needs_interpreter
+def test_a_fixed_distance_is_that_of_a_trained_one(interpreter):
+    """The same numbers, without the kernels' part for what trains."""
+    case = dataclasses.replace(CASE, bias="none", queries=128, keys=128, offset=False)
+    inputs, _ = problem(case)
+
+    def loss(inputs, slopes):
+        trained = slopes is not None
+        function = linear if trained else Linear(0.25)
+        bias = posjax.RelativeBias(function, slopes, distance_only=True)
+        output = posjax.dot_product_attention(
+            **inputs, bias=bias, is_causal=True, implementation="gpu"
+        )
+        return jnp.sum(output.astype(jnp.float32) ** 2)
+
+    fixed = jax.grad(loss)(inputs, None)
+    chex.assert_trees_all_equal(fixed, jax.grad(loss)(inputs, jnp.full((2,), 0.25)))
+
+
+@needs_interpreter
+def test_irregular_positions_are_done_another_way(interpreter, monkeypatch):
+    case = dataclasses.replace(CASE, bias="relative", queries=128, keys=128, offset=False)
+    inputs, params = problem(case)
+    positions = jnp.arange(128) + jnp.arange(128) // 7
+    settings = {"query_positions": positions, "key_positions": positions}
+    monkeypatch.setattr("posjax.kernels.gpu.attention._by_kernels", pytest.fail)
+    want = run(case, inputs, params, "xla", **settings)
+    np.testing.assert_array_equal(run(case, inputs, params, "gpu", **settings), want)
+
+
 @needs_interpreter
 def test_same_bits_twice(interpreter):
-    case = dataclasses.replace(CASE, keys=128, offset=False, queries=128)
+    case = dataclasses.replace(CASE, bias="cope + relative", keys=128, offset=False, queries=128)
     first, second = (run_with_gradients(case, *problem(case), "gpu") for _ in range(2))
     chex.assert_trees_all_equal(first, second)
 
@@ -119,7 +169,7 @@ def test_a_query_that_sees_nothing_gives_zero(interpreter):
         ({"dtype": "float32"}, "query has dtype float32"),
         ({"size": 256}, "head size 256"),
         ({"positions": 300}, "the table has 300 rows"),
-        ({"bias": "relative"}, "RelativeBias has no GPU kernel"),
+        ({"bias": "forgetting"}, "ForgettingBias has no GPU kernel"),
         ({"mask": True}, "an explicit mask array"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 import posjax
 from tests import aot
+from tests.cases import linear
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -24,8 +25,10 @@ def gradient(*inputs):
     return jax.grad(loss, argnums=(0, 1, 2, 3), allow_int=True)(*inputs)
 
 
-def arguments(size=128, positions=64, dtype="bfloat16", own_gate_key=False, length=500):
-    """Of shapes that no block divides; `positions` 0: no bias."""
+def arguments(
+    size=128, positions=64, dtype="bfloat16", own_gate_key=False, length=500, relative=False
+):
+    """Of shapes that no block divides; `positions` 0: no contextual bias."""
     array = lambda heads: jax.ShapeDtypeStruct((2, length, heads, size), dtype)  # noqa: E731
     bias = None
     if positions:
@@ -34,6 +37,10 @@ def arguments(size=128, positions=64, dtype="bfloat16", own_gate_key=False, leng
             gate_key=array(2) if own_gate_key else None,
             gate_bias=jax.ShapeDtypeStruct((4,), jnp.float32),
         )
+    if relative:
+        slopes = jax.ShapeDtypeStruct((4,), jnp.float32)
+        distance = posjax.RelativeBias(linear, slopes, distance_only=True)
+        bias = distance if bias is None else posjax.BiasSum((bias, distance))
     segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if own_gate_key else None
     return array(4), array(2), array(2), bias, segments
 
@@ -45,6 +52,9 @@ def arguments(size=128, positions=64, dtype="bfloat16", own_gate_key=False, leng
         {"size": 64, "dtype": "float16"},
         {"size": 80, "positions": 128, "own_gate_key": True},
         {"positions": 0},
+        {"positions": 0, "relative": True},
+        {"size": 64, "relative": True},
+        {"size": 128, "positions": 128, "relative": True},
     ],
     ids=str,
 )

@@ -271,8 +271,8 @@ def test_positions_of_a_relative_bias(name, jitted, monkeypatch, plain_interpret
     assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-4)
     want = gradient(inputs, params, own, "reference")
     if not jitted:  # the other way is not even traced
-        name = "blockwise.attention" if regular else "_by_kernels"
-        monkeypatch.setattr(f"posjax.kernels.tpu.attention.{name}", pytest.fail)
+        name = "distances.blockwise.attention" if regular else "tpu.attention._by_kernels"
+        monkeypatch.setattr(f"posjax.kernels.{name}", pytest.fail)
     assert_close(gradient(inputs, params, own, "tpu"), want)
 
 
