@@ -25,14 +25,13 @@ def tpu_topology(name: str) -> topologies.TopologyDescription:
     return topologies.get_topology_desc(name, platform="tpu")
 
 
-def h200_topology() -> topologies.TopologyDescription:
-    """One described H200; the test is left out without jax's CUDA 13 plugin."""
+def h200_topology(gpus: int = 1) -> topologies.TopologyDescription:
+    """One host with described H200s; the test is left out without jax's CUDA 13 plugin."""
     pytest.importorskip(
         "jax_cuda13_plugin", reason="jax-cuda13-plugin (extra `aot`) compiles for it"
     )
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H200.read_text(), topology="1x1x1"
-    )
+    settings = {"target_config": H200.read_text(), "topology": f"1x1x{gpus}"}
+    return topologies.get_topology_desc(platform="cuda", topology_name="", **settings)
 
 
 def topology(name: str) -> topologies.TopologyDescription:

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 import posjax
+from posjax.encodings import CoPE
+from posjax.models import TransformerConfig
 from tests import aot
 from tests.cases import linear
+from tests.steps import compiled_step
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -66,3 +69,20 @@ def test_compiles(settings):
         jax.tree.leaves(executable.out_info), jax.tree.leaves(inputs[:4]), strict=True
     ):
         assert (output.shape, output.dtype) == (wanted.shape, wanted.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion  # Flax's LayerNorm mixes dtypes
+def test_a_train_step_on_eight_gpus_has_no_collective_in_attention():
+    """Batches and heads over a mesh, activations recomputed (`jax.checkpoint`)."""
+    config = TransformerConfig(
+        layers=2, width=512, heads=4, dtype="bfloat16", implementation="gpu", remat=True
+    )
+    mesh, encoding = {"data": 4, "tensor": 2}, CoPE(num_positions=16)
+    topology = aot.h200_topology(gpus=8)
+    with aot.described(topology):
+        text = compiled_step(topology, mesh, config, encoding)
+    assert "mosaic_gpu" in text
+    kinds = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+    assert [kind for kind in kinds if kind in text] == []
+    assert "all-reduce" in text  # of the parameters' gradients

@@ -1,18 +1,16 @@
 """The TPU kernels compile for real chips, fit, and stay where the mesh puts them."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from jax.experimental import topologies
 
 import posjax
 import posjax.kernels.tpu.attention
 from posjax.encodings import CoPE
 from posjax.kernels.blocks import TpuBlocks
-from posjax.models import Transformer, TransformerConfig
+from posjax.models import TransformerConfig
 from tests import aot
+from tests.steps import compiled_step
 
 pytestmark = pytest.mark.usefixtures("optimised")
 CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -111,41 +109,15 @@ def test_a_long_sequence_fits_with_the_default_blocks():
     assert executable.memory_analysis().temp_size_in_bytes < 10 * query_bytes
 
 
-def train_step(model):
-    """One step of SGD."""
-
-    def loss(params, tokens):
-        logits = model.apply({"params": params}, tokens)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens))
-
-    def step(params, tokens):
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params, tokens))
-
-    return step
-
-
 @pytest.mark.slow
 @pytest.mark.standard_promotion  # Flax's LayerNorm mixes dtypes
 @pytest.mark.parametrize(
-    "slice_, shape, axes",
-    [("v5e:4x4", (16,), ("data",)), ("v5p:4x4x4", (16, 4), ("data", "tensor"))],
+    "slice_, mesh", [("v5e:4x4", {"data": 16}), ("v5p:4x4x4", {"data": 16, "tensor": 4})]
 )
-def test_a_train_step_on_many_chips_has_no_collective_in_attention(
-    slice_, shape, axes, small_blocks
-):
-    topology = aot.tpu_topology(slice_)
-    mesh = topologies.make_mesh(topology, shape, axes)
+def test_a_train_step_on_many_chips_has_no_collective_in_attention(slice_, mesh, small_blocks):
     config = TransformerConfig(layers=1, width=512, heads=4, dtype="bfloat16", implementation="tpu")
-    model = Transformer(config, vocab_size=256, encoding=CoPE(num_positions=16))
-    tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    place = lambda x, spec: jax.ShapeDtypeStruct(  # noqa: E731
-        x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec)
-    )
-    params = jax.tree.map(lambda x: place(x, jax.P()), nn.unbox(params))
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(train_step(model)).lower(params, place(tokens, jax.P("data")))
-    text = lowered.compile().as_text()
+    encoding = CoPE(num_positions=16)
+    text = compiled_step(aot.tpu_topology(slice_), mesh, config, encoding)
     assert text.count("posjax_attention_forward") and text.count("posjax_attention_backward")
     assert "all-reduce" in text  # of the parameters' gradients
     assert "all-to-all" not in text
