@@ -14,7 +14,16 @@ from posjax import (
     dot_product_attention,
 )
 
-__all__ = ["BIASES", "Case", "arrays", "dense_narrow", "problem", "run", "run_with_gradients"]
+__all__ = [
+    "BIASES",
+    "Case",
+    "arrays",
+    "dense_narrow",
+    "problem",
+    "run",
+    "run_with_gradients",
+    "with_gradients",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,18 +175,26 @@ def run(case: Case, inputs: dict, params: dict, implementation: str, **settings)
     return dot_product_attention(**inputs, bias=bias, implementation=implementation, **settings)
 
 
-def run_with_gradients(case: Case, inputs: dict, params: dict, implementation: str):
-    """The output in float32, and gradients of a weighting of it by every input and parameter."""
+def with_gradients(case: Case, implementation: str):
+    """The function of inputs and parameters that is `run_with_gradients`, compiled once."""
 
     def weighted(inputs, params):
         output = run(case, inputs, params, implementation).astype(jnp.float32)
         weights = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
         return jnp.sum(output * weights), output
 
-    (_, output), grads = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))(
-        inputs, params
-    )
-    return output, grads
+    gradient = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))
+
+    def compute(inputs, params):
+        (_, output), grads = gradient(inputs, params)
+        return output, grads
+
+    return compute
+
+
+def run_with_gradients(case: Case, inputs: dict, params: dict, implementation: str):
+    """The output in float32, and gradients of a weighting of it by every input and parameter."""
+    return with_gradients(case, implementation)(inputs, params)
 
 
 def dense_narrow(case, inputs, params):

@@ -11,7 +11,7 @@ import pytest
 import posjax.kernels.blocks
 from posjax import ContextualBias, dot_product_attention
 from tests import tolerances
-from tests.cases import BIASES, Case, arrays, dense_narrow, run, run_with_gradients
+from tests.cases import BIASES, Case, arrays, dense_narrow, run, run_with_gradients, with_gradients
 
 IMPLEMENTATIONS = ["xla"]
 BLOCK_Q, BLOCK_K = 8, 16
@@ -116,7 +116,8 @@ def test_a_query_that_sees_nothing_gives_zero(bias, implementation):
 @pytest.mark.parametrize("bias", ["cope", "cope + relative"])
 def test_same_bits_twice(bias, implementation):
     case = Case(bias=bias)
-    first, second = (run_with_gradients(case, *arrays(case), implementation) for _ in range(2))
+    compute = with_gradients(case, implementation)
+    first, second = (compute(*arrays(case)) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
 
 

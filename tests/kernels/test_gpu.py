@@ -15,7 +15,7 @@ import pytest
 
 import posjax
 from tests import tolerances
-from tests.cases import Case, arrays, linear, problem, run, run_with_gradients
+from tests.cases import Case, arrays, linear, problem, run, run_with_gradients, with_gradients
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 needs_interpreter = pytest.mark.skipif(
@@ -148,21 +148,24 @@ def test_irregular_positions_are_done_another_way(interpreter, monkeypatch):
 @needs_interpreter
 def test_same_bits_twice(interpreter):
     case = dataclasses.replace(CASE, bias="cope + relative", keys=128, offset=False, queries=128)
-    first, second = (run_with_gradients(case, *problem(case), "gpu") for _ in range(2))
+    compute = with_gradients(case, "gpu")
+    first, second = (compute(*problem(case)) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
 
 
 @needs_interpreter
 @pytest.mark.slow
 def test_vmap_over_a_batch(interpreter):
-    """`jax.checkpoint` and meshes, which the interpreter cannot do, are in `test_gpu_compile.py`."""
+    """`jax.checkpoint` and meshes, not for this interpreter, are in `test_gpu_compile.py`."""
     case = dataclasses.replace(CASE, queries=128, keys=128, offset=False)
     problems, params = [arrays(case, seed)[0] for seed in range(2)], problem(case)[1]
     loss = lambda inputs: jnp.sum(run(case, inputs, params, "gpu").astype(jnp.float32) ** 2)  # noqa: E731
-    together = jax.vmap(jax.grad(loss))(jax.tree.map(lambda *x: jnp.stack(x), *problems))
+    gradient = jax.grad(loss)
+    together = jax.jit(jax.vmap(gradient))(jax.tree.map(lambda *x: jnp.stack(x), *problems))
+    alone = jax.jit(gradient)
     for number, inputs in enumerate(problems):
         one = jax.tree.map(lambda x, number=number: x[number], together)
-        chex.assert_trees_all_equal(one, jax.grad(loss)(inputs))
+        chex.assert_trees_all_equal(one, alone(inputs))
 
 
 @needs_interpreter

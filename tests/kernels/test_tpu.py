@@ -20,7 +20,16 @@ import posjax.kernels.tpu.attention
 import posjax.kernels.tpu.pipeline
 from posjax.kernels.blocks import TpuBlocks
 from tests import tolerances
-from tests.cases import Case, arrays, dense_narrow, linear, problem, run, run_with_gradients
+from tests.cases import (
+    Case,
+    arrays,
+    dense_narrow,
+    linear,
+    problem,
+    run,
+    run_with_gradients,
+    with_gradients,
+)
 
 # Two registers of keys in a block, two blocks in memory, and up to three parts of the keys.
 BLOCKS = TpuBlocks(query=128, key=256, memory=512)
@@ -196,7 +205,8 @@ def test_bfloat16_is_as_good_as_a_dense_computation(bias, generation, monkeypatc
 
 def test_same_bits_twice():
     case = dataclasses.replace(CASE, bias="cope per head", segments=True)
-    first, second = (run_with_gradients(case, *problem(case), "tpu") for _ in range(2))
+    compute = with_gradients(case, "tpu")
+    first, second = (compute(*problem(case)) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
 
 
