@@ -9,6 +9,7 @@ import pytest
 
 import posjax
 from posjax.encodings import CoPE
+from posjax.kernels.blocks import GpuBlocks
 from posjax.models import TransformerConfig
 from tests import aot
 from tests.cases import linear
@@ -46,6 +47,24 @@ def arguments(
         bias = distance if bias is None else posjax.BiasSum((bias, distance))
     segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if own_gate_key else None
     return array(4), array(2), array(2), bias, segments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, blocks",
+    [
+        (64, GpuBlocks(key=64, count=64, stages=4, packed=False, paired=True, ping_pong=True)),
+        (64, GpuBlocks(count=128, packed=False, paired=True)),
+        (128, GpuBlocks(paired=True, ping_pong=True)),
+    ],
+    ids=str,
+)
+def test_choices_compile(size, blocks, monkeypatch):
+    monkeypatch.setattr("posjax.kernels.gpu.attention.gpu_sizes", lambda *_: blocks)
+    topology, inputs = aot.h200_topology(), arguments(size)
+    with aot.described(topology):
+        executable = aot.compiled(attention, topology, *inputs)
+    assert executable.out_info.shape == inputs[0].shape
 
 
 @pytest.mark.slow
