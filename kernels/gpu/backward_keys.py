@@ -16,18 +16,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.gpu.gradients import (
     HALF,
+    PAIR,
     Gradients,
     Rows,
     gradients_of,
     of_gates,
     of_keys,
-    places_of_halves,
     unit,
 )
 from posjax.kernels.gpu.instructions import multiply_transposed_into
 from posjax.kernels.gpu.layout import Refs, launch, matrix, share_registers, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
-from posjax.kernels.gpu.tiles import SAVED, Place, Tile, gate_bias
+from posjax.kernels.gpu.tiles import Place, Tile, gate_bias
 from posjax.kernels.gpu.walk import Ring, band_of, copy_own, own_span, union
 from posjax.kernels.ranges import Ranges, Span
 from posjax.types import Array, Float, Int
@@ -35,7 +35,7 @@ from posjax.types import Array, Float, Int
 __all__ = ["KEYS", "key_gradients"]
 
 # Keys of a warpgroup.
-KEYS = SAVED
+KEYS = PAIR
 _STAGES = 2
 # Kinds of tiles.
 _SKIPPED, _CAREFUL, _BAND, _PLAIN = range(4)
@@ -264,13 +264,11 @@ class _Keys:
         counts = counts and self.plan.contextual is not None
         if not counts and "gate_key" in self.wanted:
             return sums
-        places, left = [None, None], None
-        if counts:
-            places = places_of_halves(*halves, self.number, masked)
-            left = halves[0].per_query("prefixes", self.number)
+        left = halves[0].per_query("prefixes", self.number) if counts else None
         lse, delta = (halves[0].per_query(name) for name in ("lse", "delta"))
-        for number, (tile, place) in enumerate(zip(halves, places, strict=True)):
-            found = gradients_of(tile, Rows(lse, delta, left), place, masked)[1]
+        for number, tile in enumerate(halves):
+            rows = Rows(lse, delta, left)
+            found = gradients_of(tile, rows, counts=counts, masked=masked)[1]
             left = found.left
             for name in self.wanted:
                 room = self._room(name).at[:, number * HALF : (number + 1) * HALF]

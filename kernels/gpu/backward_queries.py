@@ -1,8 +1,8 @@
 """The backward kernel of queries: their gradients, and those of their tables.
 
 It walks from left to right, 64 keys at a time in two halves, because the gradient of a gate is a
-sum over the keys on its left. Inside the 64 keys places come from the right, so that the gates of
-the right half are counted twice.
+sum over the keys on its left. Places come from the right; the forward kernel kept one every 32
+keys.
 
 The gradient of a table adds up dlogits over the keys of each bin. Places fall from key to key by
 less than 1, so each bin's keys are neighbours, and its sums are differences of running sums: where
@@ -22,20 +22,19 @@ from posjax.kernels.gpu import bands
 from posjax.kernels.gpu.diagonals import collect
 from posjax.kernels.gpu.gradients import (
     HALF,
+    PAIR,
     Counted,
     Rows,
     gradients_of,
-    last_column,
     of_gates,
     of_keys,
-    places_of_halves,
     scan,
     unit,
 )
-from posjax.kernels.gpu.instructions import multiply_into, store_crossings
+from posjax.kernels.gpu.instructions import column, multiply_into, store_crossings
 from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, share_registers, with_barriers
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
-from posjax.kernels.gpu.tiles import SAVED, Place, Tile, gate_bias
+from posjax.kernels.gpu.tiles import Place, Tile, gate_bias
 from posjax.kernels.gpu.walk import (
     Queries,
     Ring,
@@ -63,7 +62,7 @@ class Walk(NamedTuple):
     left: Float[Array, "64"] | None
     total: Float[Array, "64"] | None
     moment: Float[Array, "64"] | None
-    gate_bias: Float[Array, "64"] | None
+    gate_bias: Float[Array, "64 8"] | None
 
 
 def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -80,7 +79,7 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
     if plan.contextual is not None:
         rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
         words = inputs["unwritten"].shape[1]
-        prefixes = (batch, heads, inputs["key"].shape[1] // SAVED, length)
+        prefixes = (batch, heads, inputs["key"].shape[1] // PAIR, length)
         outputs |= {
             "prefixes": jax.ShapeDtypeStruct(prefixes, jnp.float32),
             "slots": jax.ShapeDtypeStruct((batch, heads, length, words), jnp.float32),
@@ -133,7 +132,7 @@ def _stages(size: int) -> int:
 def _kernel(plan: Plan, ranges: Ranges, groups: int, refs: Refs, scratch: Refs) -> None:
     batch, head, group = (jax.lax.axis_index(name) for name in ("batch", "head", "group"))
     tile = refs["query"].shape[1] // (ROWS * groups) - 1 - jax.lax.axis_index("tile")
-    pairs = plan.blocks.key // SAVED
+    pairs = plan.blocks.key // PAIR
     spans = [
         _in_pairs(ranges.span(refs["ranges"], batch, tile * groups + g), pairs)
         for g in range(groups)
@@ -172,11 +171,9 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
         queries.fill("slots", "unwritten")
     if plan.trained:
         bands.clear(queries)
-    zero = per_row(0.0) if own else None
-    walk = Walk(
-        plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
-        *[zero] * 4,
-    )
+    zeros = lambda n: plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), plgpu.Layout.WGMMA)  # noqa: E731
+    sums = [*[per_row(0.0)] * 3, zeros(8)] if own else [None] * 4
+    walk = Walk(zeros(size), *sums)
     first = queries.tile(jnp.int32(0), 0, HALF)
     rows = Rows(first.per_query("lse"), first.per_query("delta"), None)
     careful, band, plain = (
@@ -185,7 +182,7 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
     )
     last_plain = span.full_last
     if own:
-        pairs = plan.blocks.key // SAVED
+        pairs = plan.blocks.key // PAIR
         last_plain = queries.number("plain") * pairs + pairs - 1
 
     def side(number, loop):
@@ -202,7 +199,7 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
     if own:
         queries.save("total", walk.total)
         queries.save("moment", walk.moment)
-        queries.save("gate_bias_gradient", walk.gate_bias)
+        queries.save("gate_bias_gradient", jnp.sum(walk.gate_bias, axis=1))
         queries.send_rows("slots")
 
 
@@ -221,26 +218,23 @@ def _pair(
     left, right = (queries.tile(2 * index + n, 0, HALF) for n in range(2))
     ring.wait(ring.names, 2 * index)
     ring.wait(ring.names, 2 * index + 1)
-    places = [None, None]
     if counts:
         left.save("prefixes", walk.left, index)
-        places = places_of_halves(left, right, index, masked)
-    for number, (tile, place) in enumerate(zip((left, right), places, strict=True)):
-        walk = _half(tile, rows, walk, place, masked, number)
+    for number, tile in enumerate((left, right)):
+        walk = _half(tile, rows, walk, number * HALF, counts=counts, masked=masked)
         ring.release(ring.names, 2 * index + number)
     if queries.plan.trained:
         bands.send(queries, index)
     return walk
 
 
-def _half(
-    tile: Tile, rows: Rows, walk: Walk, place: Array | None, masked: bool, number: int
-) -> Walk:
+def _half(tile: Tile, rows: Rows, walk: Walk, start: int, *, counts: bool, masked: bool) -> Walk:
+    """32 keys, `start` of the same 64 before them."""
     plan, dtype = tile.plan, tile.operands["key"].dtype
     multiply = functools.partial(multiply_into, emulated=plan.emulated)
-    counted, found = gradients_of(tile, rows._replace(left=walk.left), place, masked)
+    rows = rows._replace(left=walk.left)
+    counted, found = gradients_of(tile, rows, counts=counts, masked=masked)
     if plan.trained:
-        start = number * HALF
         collect(tile.operands["sums"], found.dlogits, start=start, emulated=plan.emulated)
     query = multiply(walk.query, of_keys(plan, found).astype(dtype), tile.operands["key"])
     if counted is None:
@@ -248,17 +242,23 @@ def _half(
     if plan.contextual.own_gate_key:
         query = multiply(query, of_gates(plan, found).astype(dtype), tile.operands["gate_key"])
     if plan.contextual.gate_bias:
-        walk = walk._replace(gate_bias=walk.gate_bias + jnp.sum(found.dx, axis=1))
+        walk = walk._replace(gate_bias=_added(walk.gate_bias, found.dx))
     total, moment = _table_sums(tile, counted, found.dlogits, walk)
     return walk._replace(query=query, left=found.left, total=total, moment=moment)
+
+
+def _added(total: Float[Array, "64 8"], x: Float[Array, "64 n"]) -> Float[Array, "64 8"]:
+    """Every eighth column; the rest of the sum takes other threads' numbers, once in the end."""
+    for start in range(0, x.shape[1], total.shape[1]):
+        total = total + x[:, start : start + total.shape[1]]
+    return total
 
 
 def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tuple[Array, Array]:
     """Running sums of dlogits and of dlogits times where in their bin, to slots and onward."""
     contextual = tile.plan.contextual
-    inside = jnp.where(counted.places < contextual.finished, dlogits, 0.0)
-    totals = scan(tile, inside, walk.total)
-    moments = scan(tile, inside * counted.values.fraction, walk.moment)
+    totals = scan(tile, dlogits, walk.total)
+    moments = scan(tile, dlogits * counted.values.fraction, walk.moment)
     store_crossings(
         tile.operands["slots"],
         counted.places,
@@ -269,4 +269,6 @@ def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tup
         gate_unit=contextual.gate_unit,
         emulated=tile.plan.emulated,
     )
-    return last_column(totals), last_column(moments)
+    return column(totals, tile.size - 1, emulated=tile.plan.emulated), column(
+        moments, tile.size - 1, emulated=tile.plan.emulated
+    )

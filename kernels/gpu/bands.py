@@ -19,9 +19,9 @@ from posjax.biases.relative import RelativeBias
 from posjax.kernels.common import LN2
 from posjax.kernels.distances import by_distance
 from posjax.kernels.gpu import diagonals
+from posjax.kernels.gpu.gradients import PAIR
 from posjax.kernels.gpu.instructions import load
 from posjax.kernels.gpu.plan import ROWS, Plan
-from posjax.kernels.gpu.tiles import SAVED
 from posjax.kernels.gpu.walk import Queries
 from posjax.kernels.ranges import Ranges
 from posjax.masks import Mask
@@ -30,7 +30,7 @@ from posjax.types import Array, Float
 __all__ = ["clear", "gradient", "gradient_shape", "of_biases", "scratch_shapes", "send"]
 
 # Diagonals of 64 queries and 64 keys, and one more.
-_DIAGONALS = ROWS + SAVED
+_DIAGONALS = ROWS + PAIR
 
 
 def of_biases(
@@ -82,7 +82,7 @@ def send(queries: Queries, index: Array) -> None:
     plgpu.commit_smem()
     carried[:_DIAGONALS] = total
     batch, head, row, _ = queries.place
-    where = pl.ds(index * SAVED, _DIAGONALS)
+    where = pl.ds(index * PAIR, _DIAGONALS)
     queries.refs["bands_gradient"][batch, head, row // ROWS, where] = total
 
 

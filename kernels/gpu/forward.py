@@ -63,7 +63,7 @@ class Walk(NamedTuple):
 def forward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
     """Output [B, T, N, E], what rounding took from it (`rest`), and log-sum-exp [B, N, T].
 
-    With a contextual bias also `carries` [B, N, S / 64, T], places on the right of every 64 keys
+    With a contextual bias also `carries` [B, N, S / 32, T], places on the right of every 32 keys
     that were counted (elsewhere nothing is written), and `plain` [B, N, T], the last block of keys
     that was plain attention, one number for 64 queries.
     """

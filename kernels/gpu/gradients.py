@@ -14,32 +14,30 @@ U, so dx lacks that as well (`dx_unit`).
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.common import LN2
-from posjax.kernels.gpu.instructions import multiply_into
+from posjax.kernels.gpu.instructions import column, multiply_into
 from posjax.kernels.gpu.plan import Plan
 from posjax.kernels.gpu.tiles import SAVED, Tile, Values, along_rows
 from posjax.types import Array, Float
 
 __all__ = [
     "HALF",
+    "PAIR",
     "Counted",
     "Gradients",
     "Rows",
     "dx_unit",
     "gradients_of",
-    "last_column",
     "of_gates",
     "of_keys",
-    "places_of_halves",
     "scan",
     "unit",
 ]
 
-# Keys of a tile in the backward kernels.
-HALF = SAVED // 2
-_LAST = 8
+# Keys of a tile in the backward kernels, and of two: what a step of their loops has.
+HALF = SAVED
+PAIR = 2 * HALF
 
 
 class Counted(NamedTuple):
@@ -67,35 +65,16 @@ class Gradients(NamedTuple):
     left: Float[Array, "64"] | None
 
 
-def places_of_halves(left: Tile, right: Tile, number: Array, masked: bool) -> list[Array]:
-    """The places on the right of both halves of `SAVED` keys.
-
-    The forward kernel kept one; gates of the right half are counted for the other.
-    """
-    saved = right.per_query("carries", number)
-    gates = right.gates(_gate_dots(right), right.allowed() if masked else None)
-    return [right.left(right.places(gates, saved)), saved]
-
-
-def _gate_dots(tile: Tile) -> Float[Array, "64 n"]:
-    own = tile.plan.contextual.own_gate_key
-    return tile.dots("query", "gate_key" if own else "key")
-
-
 def gradients_of(
-    tile: Tile, rows: Rows, right: Float[Array, "64"] | None, masked: bool
+    tile: Tile, rows: Rows, *, counts: bool, masked: bool
 ) -> tuple[Counted | None, Gradients]:
-    """Everything but sums over tiles.
-
-    Args:
-        right: the places on the right; None: nothing counts here.
-    """
+    """Everything but sums over tiles."""
     allowed, counted = tile.allowed() if masked else None, None
     dots = tile.dots("query", "key")
-    if right is not None:
+    if counts:
         own = tile.plan.contextual.own_gate_key
-        gates = tile.gates(_gate_dots(tile) if own else dots, allowed)
-        places = tile.places(gates, right)
+        gates = tile.gates(tile.dots("query", "gate_key") if own else dots, allowed)
+        places = tile.places(gates, tile.per_query("carries", tile.place.key // SAVED))
         counted = Counted(gates, places, tile.table_values(places))
     return counted, _gradients(tile, dots, counted, rows, allowed)
 
@@ -107,14 +86,16 @@ def _gradients(
     weights = jnp.exp2(logits - along_rows(rows.lse, tile.shape))
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
-    dlogits = weights * (tile.dots("cotangent", "value") - along_rows(rows.delta, tile.shape))
+    dlogits = weights * tile.dots("cotangent", "value", start=-rows.delta)
     if counted is None:
         return Gradients(weights, dlogits, None, rows.left)
     dplaces = dlogits * counted.values.slope
     dgates = scan(tile, dplaces, rows.left)
     gates, gate_unit = counted.gates, tile.plan.contextual.gate_unit
     dx = dgates * (gates * (1.0 - gate_unit * gates))
-    return Gradients(weights, dlogits, dx, last_column(dgates))
+    return Gradients(
+        weights, dlogits, dx, column(dgates, tile.size - 1, emulated=tile.plan.emulated)
+    )
 
 
 def unit(plan: Plan) -> float:
@@ -144,10 +125,3 @@ def scan(tile: Tile, x: Float[Array, "64 n"], left: Float[Array, "64"]) -> Float
     upper = tile.operands["upper"]
     start = along_rows(left, tile.shape)
     return multiply_into(start, x.astype(upper.dtype), upper, emulated=tile.plan.emulated)
-
-
-def last_column(x: Float[Array, "64 n"]) -> Float[Array, "64"]:
-    """The number of each row that stands farthest to the right."""
-    tail = x[:, x.shape[1] - _LAST :]
-    column = plgpu.broadcasted_iota(jnp.int32, tail.shape, 1, layout=plgpu.Layout.WGMMA)
-    return jnp.sum(jnp.where(column == _LAST - 1, tail, 0.0), axis=1)

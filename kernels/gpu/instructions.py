@@ -22,12 +22,14 @@ from posjax.types import Array, Float, Num
 __all__ = [
     "MAGIC",
     "ROW_PADDING",
+    "column",
     "element",
     "i32",
     "load",
     "multiply_into",
     "multiply_transposed_into",
     "products",
+    "products_into",
     "reciprocal",
     "shared_pointer",
     "store_crossings",
@@ -71,6 +73,13 @@ def multiply_into(
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
 
 
+def products_into(total: Float[Array, "m n"], a, b, *, emulated: bool) -> Float[Array, "m n"]:
+    """Total + a @ b, both in shared memory."""
+    if emulated:
+        return total + products(a, b, total.shape)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
+
+
 def multiply_transposed_into(
     total: Float[Array, "m n"], a, b, *, emulated: bool
 ) -> Float[Array, "m n"]:
@@ -92,6 +101,36 @@ def reciprocal(x: Float[Array, "m n"], *, emulated: bool) -> Float[Array, "m n"]
         return (llvm.inline_asm(f32, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f"),)
 
     return inverse(x)[0]
+
+
+def column(x: Float[Array, "64 n"], index: int, *, emulated: bool) -> Float[Array, "64"]:
+    """One column, for every thread that has a part of a row."""
+    if emulated:
+        return x[:, index]
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(x.shape[:1], jnp.float32, layout=layout.reduce(1))
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def pick(ctx, tile):
+        del ctx
+        target = result.layout.to_mgpu()
+        found = np.empty(target.registers_shape(tile.shape[:1]), dtype=object)
+        # Eight columns lie in four threads, two in each.
+        group, thread, place = index // 8, index % 8 // 2, index % 2
+        registers = tile.registers[0, group].reshape(-1)
+        for at, register in zip(np.ndindex(found.shape), registers, strict=True):
+            value = _from_thread(element(register, place), thread)
+            kind = ir.VectorType.get((1,), value.type)
+            found[at] = with_element(llvm.mlir_undef(kind), value, 0)
+        return mgpu.FragmentedArray(_registers=found, _layout=target, _is_signed=None)
+
+    return pick(x)
+
+
+def _from_thread(value: ir.Value, number: int) -> ir.Value:
+    """The value that this thread's neighbour has, of the four that share rows."""
+    code = f"shfl.sync.idx.b32 $0, $1, {number}, 0x1c1f, 0xffffffff;"
+    return llvm.inline_asm(value.type, [value], code, "=f,f", has_side_effects=True)
 
 
 def table_values(
@@ -139,21 +178,23 @@ def store_crossings(
         slots[...] = _crossed(slots[...], place, following, total, moment, last)
         return
 
-    @_per_element(place.shape, arrays=4, outputs=0, reference=True)
-    def store(ctx, rows, *values):
-        del ctx
-        place, following, total, moment, row = values
-        f32 = ir.F32Type.get()
-        inside = arith.minimumf(place, arith.constant(f32, last))
-        pointer, bin_, _ = _entry(rows, inside, row, 8)
-        moved = arith.addf(following, arith.constant(f32, MAGIC))
-        next_bin, address = arith.bitcast(i32(), moved), llvm.ptrtoint(i32(), pointer)
+    @_per_register(place.shape, arrays=4)
+    def store(rows, row, places, followings, *sums):
+        entries = [_entry(rows, _least(element(places, n), last), row, 8) for n in range(2)]
+        # A key's right neighbour in the register is the one that follows; then comes another's.
+        moved = arith.addf(element(followings, 1), arith.constant(ir.F32Type.get(), MAGIC))
+        next_bins = entries[1][1], arith.bitcast(i32(), moved)
         code = "{.reg .pred p; setp.lt.s32 p, $0, $1; @p st.shared.v2.f32 [$2], {$3, $4};}"
-        operands = [next_bin, bin_, address, total, moment]
-        llvm.inline_asm(None, operands, code, "r,r,r,f,f,~{memory}", has_side_effects=True)
-        return ()
+        for n, ((pointer, bin_, _), next_bin) in enumerate(zip(entries, next_bins, strict=True)):
+            address = llvm.ptrtoint(i32(), pointer)
+            operands = [next_bin, bin_, address, *(element(x, n) for x in sums)]
+            llvm.inline_asm(None, operands, code, "r,r,r,f,f,~{memory}", has_side_effects=True)
 
     store(slots, place, following, total, moment)
+
+
+def _least(x: ir.Value, most: float) -> ir.Value:
+    return arith.minimumf(x, arith.constant(ir.F32Type.get(), most))
 
 
 def _crossed(
@@ -264,14 +305,34 @@ def _per_element(
     return decorate
 
 
+def _per_register(shape: tuple[int, int], *, arrays: int) -> Callable[..., Callable[..., None]]:
+    """A decorator: a function of a reference, a row and its registers becomes one of arrays."""
+    layout = plgpu.Layout.WGMMA
+
+    def decorate(function):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[layout] * arrays), return_type=None)
+        def run(ctx, reference, *operands):
+            del ctx
+            first = operands[0]
+            for (row, _), at in _places(first):
+                function(reference, row, *(x.registers[at] for x in operands))
+
+        return run
+
+    return decorate
+
+
+def _places(array) -> zip:
+    """Row and column of each register's first number, and its index."""
+    places = array.layout.thread_idxs(array.shape)
+    return zip(places, np.ndindex(array.registers.shape), strict=True)
+
+
 def _map_registers(function, arrays, outputs: int) -> list:
     """The function on every number that this thread holds."""
     first = arrays[0]
     found = [np.empty_like(first.registers) for _ in range(outputs)]
-    places = zip(
-        first.layout.thread_idxs(first.shape), np.ndindex(first.registers.shape), strict=True
-    )
-    for (row, _), at in places:
+    for (row, _), at in _places(first):
         kind = first.registers[at].type
         results = [llvm.mlir_undef(kind) for _ in range(outputs)]
         for n in range(ir.VectorType(kind).shape[0]):

@@ -62,7 +62,7 @@ def table_gradients(
 
     A bin's sums are those at its right end less those at the right end of the bin above it. A bin
     without a key has no slot written (NaN), and its right end is that of the bin above. The last
-    bin's keys have no part in the sums, and the first bin ends with the last key.
+    bin comes first and counts for nothing; the first one ends with the last key.
 
     Args:
         slots: for each bin, sums of dlogit and of dlogit f, up to its right end; f is a place less
@@ -72,11 +72,12 @@ def table_gradients(
     """
     sums = slots[..., : 2 * positions].reshape(*slots.shape[:-1], positions, 2)
     ends = jnp.stack([total, moment], axis=-1)[..., None, :]
-    sums = jnp.concatenate([ends, sums[..., 1:-1, :], jnp.zeros_like(ends)], axis=-2)
-    sums = sums[..., :positions, :] if positions > 1 else jnp.zeros_like(ends)
+    top = sums[..., -1:, :]
+    top = jnp.where(jnp.isnan(top), 0.0, top)
+    sums = jnp.concatenate([ends, sums[..., 1:-1, :], top], axis=-2) if positions > 1 else top
     later = lambda above, own: jnp.where(jnp.isnan(own), above, own)  # noqa: E731
     sums = jax.lax.associative_scan(later, sums, reverse=True, axis=sums.ndim - 2)
-    parts = sums - jnp.concatenate([sums[..., 1:, :], jnp.zeros_like(ends)], axis=-2)
+    parts = sums[..., :-1, :] - sums[..., 1:, :]
     below, above = (0.5 * parts[..., 0] + sign * parts[..., 1] for sign in (-1, 1))
-    above = jnp.concatenate([jnp.zeros_like(above[..., :1]), above[..., :-1]], axis=-1)
-    return (below + above) * LN2
+    nothing = [(0, 0)] * total.ndim
+    return (jnp.pad(below, (*nothing, (0, 1))) + jnp.pad(above, (*nothing, (1, 0)))) * LN2

@@ -19,9 +19,7 @@ from posjax.types import Array, Bool, Float, Int, Num
 __all__ = ["SAVED", "Place", "Tile", "Values", "along_rows", "first_place", "gate_bias"]
 
 # Keys between two places that are kept for the backward pass.
-SAVED = 64
-# Columns of a tile that lie in one thread's first registers.
-_FIRST = 8
+SAVED = 32
 
 
 def along_rows(x: Num[Array, "m"], shape: tuple[int, int]) -> Num[Array, "m n"]:
@@ -79,10 +77,15 @@ class Tile:
         """Queries, keys."""
         return ROWS, self.size
 
-    def dots(self, rows: str, columns: str) -> Float[Array, "64 n"]:
-        """Products of two operands."""
-        b = self.operands[columns].transpose((1, 0))
-        return instructions.products(self.operands[rows], b, self.shape)
+    def dots(
+        self, rows: str, columns: str, start: Float[Array, "64"] | None = None
+    ) -> Float[Array, "64 n"]:
+        """Products of two operands, added to a number of each query."""
+        a, b = self.operands[rows], self.operands[columns].transpose((1, 0))
+        if start is None:
+            return instructions.products(a, b, self.shape)
+        start = along_rows(start, self.shape)
+        return instructions.products_into(start, a, b, emulated=self.plan.emulated)
 
     def allowed(self) -> Bool[Array, "64 n"]:
         """Which query sees which key."""
@@ -149,8 +152,8 @@ class Tile:
         return instructions.multiply_into(start, narrow, lower, emulated=self.plan.emulated)
 
     def left(self, places: Float[Array, "64 n"], start: int = 0) -> Float[Array, "64"]:
-        """The place on the left of key `start`: places fall to the right."""
-        return jnp.max(places[:, start : start + _FIRST], axis=1)
+        """The place on the left of key `start`."""
+        return instructions.column(places, start, emulated=self.plan.emulated)
 
     def logits(self, dots: Float[Array, "64 n"], values: Values | None) -> Float[Array, "64 n"]:
         """Products with all biases, in units of ln 2; `values` where there are counts."""
