@@ -12,6 +12,7 @@ a key that it works on. Waiting for memory and for other units is not part of th
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +39,11 @@ from posjax.masks import Mask, Side
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "tests" / "data" / "h200.txtpb"
-# Of the loops with gates the one with masks is the longer one.
-KINDS = {True: ("careful", "band"), False: ("plain",)}
+# Bias -> whether there are gates -> kinds of loops; the one with masks is the longest.
+KINDS = {
+    "cope": {True: ("careful", "band"), False: ("plain",)},
+    "distance": {True: (), False: ("distance, careful", "distance")},
+}
 THREADS, ROWS = 128, 64
 
 
@@ -49,6 +54,8 @@ class Settings:
     size: tuple[int, ...] = SIZES
     """Head sizes."""
     positions: int = 64
+    bias: tuple[Literal["cope", "distance"], ...] = ("cope", "distance")
+    """CoPE, and a bias of the distance that trains."""
     blocks: str | None = None
     """Fields of `GpuBlocks` as JSON, others as `kernels.blocks` has them; the forward pass only."""
     output: Path | None = None
@@ -56,47 +63,67 @@ class Settings:
     """Show a table."""
 
 
-def blocks_of(size: int, positions: int, changes: str | None) -> GpuBlocks:
-    """The blocks that `kernels.blocks` chooses, with changed fields."""
-    return dataclasses.replace(gpu_sizes(size, positions, False), **json.loads(changes or "{}"))
+class Work(NamedTuple):
+    """One thing to compile; `changes` as `Settings.blocks`."""
+
+    bias: str
+    size: int
+    positions: int
+    changes: str | None
+
+    @property
+    def blocks(self) -> GpuBlocks:
+        """The blocks that `kernels.blocks` chooses, with changed fields."""
+        positions = self.positions if self.bias == "cope" else 0
+        chosen = gpu_sizes(self.size, positions, False)
+        return dataclasses.replace(chosen, **json.loads(self.changes or "{}"))
 
 
-def program(size: int, positions: int, blocks: GpuBlocks | None):
-    """A gradient of causal attention, or with `blocks` the forward pass, and what it takes."""
+def program(work: Work):
+    """A gradient of causal attention (the forward pass with changed blocks), and what it takes."""
     side = Side(jnp.arange(1024)[None])
 
-    def forward(query, key, value, table, gate_bias):
-        bias = posjax.ContextualBias(table, gate_bias=gate_bias)
-        mask = Mask(side, side, is_causal=True)
-        return attention(query, key, value, bias, mask, scale=size**-0.5, blocks=blocks)
+    def described(table, numbers):
+        if work.bias == "distance":
+            return posjax.RelativeBias(falling, numbers, distance_only=True)
+        return posjax.ContextualBias(table, gate_bias=numbers)
 
-    def loss(query, key, value, table, gate_bias):
-        bias = posjax.ContextualBias(table, gate_bias=gate_bias)
+    def forward(query, key, value, *trained):
+        mask, bias = Mask(side, side, is_causal=True), described(*trained)
+        scale = work.size**-0.5
+        return attention(query, key, value, bias, mask, scale=scale, blocks=work.blocks)
+
+    def loss(query, key, value, *trained):
         output = posjax.dot_product_attention(
-            query, key, value, bias, is_causal=True, implementation="gpu"
+            query, key, value, described(*trained), is_causal=True, implementation="gpu"
         )
         return jnp.sum(output.astype(jnp.float32))
 
-    shapes = [((1, 1024, heads, size), jnp.bfloat16) for heads in (4, 2, 2)]
-    shapes += [((positions, size), jnp.float32), ((), jnp.float32)]
-    return jax.grad(loss, argnums=range(5)) if blocks is None else forward, shapes
+    shapes = [((1, 1024, heads, work.size), jnp.bfloat16) for heads in (4, 2, 2)]
+    shapes += [((work.positions, work.size), jnp.float32), ((4,), jnp.float32)]
+    return jax.grad(loss, argnums=range(5)) if work.changes is None else forward, shapes
 
 
-def compile_here(size: int, positions: int, changes: str | None = None) -> None:
+def falling(slopes, query_positions, key_positions):
+    """ALiBi with slopes that train."""
+    distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+    return -slopes[None, :, None, None] * jnp.abs(distance).astype(jnp.float32)
+
+
+def compile_here(work: Work) -> None:
     """Compiles for an H200; Mosaic GPU prints machine code if it is asked to."""
     described = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
     )
     place = jax.sharding.SingleDeviceSharding(described.devices[0])
-    blocks = None if changes is None else blocks_of(size, positions, changes)
-    function, shapes = program(size, positions, blocks)
+    function, shapes = program(work)
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         jax.jit(function).lower(*arguments).compile()
 
 
-def machine_code(size: int, positions: int, changes: str | None) -> str:
+def machine_code(work: Work) -> str:
     """What a process of its own prints: it reads the environment when it starts."""
     bundled = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/cu1*/bin")
     path = os.pathsep.join([*map(str, bundled), os.environ["PATH"]])
@@ -105,28 +132,32 @@ def machine_code(size: int, positions: int, changes: str | None) -> str:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "PATH": path, "MOSAIC_GPU_DUMP_SASS_CTRL": "1"
     }  # fmt: skip
-    command = [sys.executable, __file__, "compile", str(size), str(positions)]
-    command += [] if changes is None else [changes]
+    command = [sys.executable, __file__, "compile", json.dumps(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stdout
 
 
-def measured(size: int, positions: int, changes: str | None = None) -> dict[str, dict]:
-    """Of every loop of every kernel: instructions for each pair, spills, matrix instructions."""
-    found, blocks = {}, blocks_of(size, positions, changes)
-    for name, text in sass.kernels(machine_code(size, positions, changes)).items():
+def measured(work: Work) -> dict[str, dict]:
+    """Of every loop of every kernel: instructions for each pair, spills, matrix instructions.
+
+    `serial` tells that the loop waits for each matrix instruction before the next one, as ptxas
+    makes it where registers do not suffice for several on their way.
+    """
+    found = {}
+    for name, text in sass.kernels(machine_code(work)).items():
         kernel = name.removeprefix("posjax_attention_").removesuffix("_mosaic_gpu_kernel")
         loops = sass.loops(text)
-        for counts, kinds in KINDS.items():
+        for counts, kinds in KINDS[work.bias].items():
             own = sorted((x for x in loops if x.counts == counts), key=lambda x: -x.instructions)
             for kind, loop in zip(kinds, own, strict=True):
-                pairs = (blocks.key if kernel == "forward" else 64) * ROWS / THREADS
+                pairs = (work.blocks.key if kernel == "forward" else 64) * ROWS / THREADS
                 found[f"{kernel} {kind}"] = {
                     "instructions": round(loop.instructions / pairs, 1),
                     "spills": loop.spills,
                     "HGMMA": loop.count["HGMMA"],
+                    "serial": loop.count["WARPGROUP"] >= 2 * loop.count["HGMMA"],
                 }
     if not found:
         raise SystemExit(f"jax {jax.__version__} printed no machine code of the kernels.")
@@ -135,7 +166,13 @@ def measured(size: int, positions: int, changes: str | None = None) -> dict[str,
 
 def report(settings: Settings) -> dict:
     """Measures, and says with what."""
-    sizes = track(settings.size, "compiling", console=Console(stderr=True))
+    loops: dict[str, dict] = {str(size): {} for size in settings.size}
+    works = [
+        Work(bias, size, settings.positions, settings.blocks)
+        for size, bias in itertools.product(settings.size, settings.bias)
+    ]
+    for work in track(works, "compiling", console=Console(stderr=True)):
+        loops[str(work.size)] |= measured(work)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python benchmarks/gpu_code.py",
@@ -145,7 +182,7 @@ def report(settings: Settings) -> dict:
         "plugin": importlib.metadata.version("jax-cuda13-plugin"),
         "positions": settings.positions,
         **({"blocks": json.loads(settings.blocks)} if settings.blocks else {}),
-        "loops": {str(s): measured(s, settings.positions, settings.blocks) for s in sizes},
+        "loops": loops,
     }
 
 
@@ -154,9 +191,13 @@ def show(results: dict) -> None:
     table = Table("loop", *(f"H = {size}" for size in results["loops"]))
     columns = list(results["loops"].values())
     for name in columns[0]:
-        cells = (f"{c[name]['instructions']} ({c[name]['spills']} spills)" for c in columns)
-        table.add_row(name, *cells)
+        table.add_row(name, *(_cell(column[name]) for column in columns))
     Console().print(table)
+
+
+def _cell(loop: dict) -> str:
+    serial = ", serial" if loop["serial"] else ""
+    return f"{loop['instructions']} ({loop['spills']} spills{serial})"
 
 
 def main(settings: Settings) -> None:
@@ -170,6 +211,6 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compile"]:
-        compile_here(*map(int, sys.argv[2:4]), *sys.argv[4:])
+        compile_here(Work(*json.loads(sys.argv[2])))
     else:
         main(tyro.cli(Settings, description=__doc__))
