@@ -152,11 +152,11 @@ def add_products(block: Block, tile: Tile, name: str, dproducts: Array) -> None:
     keys = tile.keys(name)
     dproducts = dproducts.astype(keys.dtype)
     block.scratch["query"][...] += matmul(dproducts, keys)
-    query = block.inputs["query_turned"][...].astype(keys.dtype)
+    query = block.scratch["query_turned"][...].astype(keys.dtype)
     block.outputs[name][:, tile.here] += matmul(query, dproducts)
 
 
 def add_values(block: Block, tile: Tile, weights: Array) -> None:
     """Gradients of values."""
-    cotangent = block.inputs["cotangent_turned"][...]
+    cotangent = block.scratch["cotangent_turned"][...]
     block.outputs["value"][:, tile.here] += matmul(cotangent, weights.astype(cotangent.dtype))
