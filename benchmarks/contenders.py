@@ -47,9 +47,8 @@ def _ours(problem: Problem, sizes: tuple[int, ...], bias: str):
             alibi = RelativeBias(_linear, trained, distance_only=True)
             described = alibi if bias == "alibi" else None
         scale = problem.head_size**-0.5
-        rows = fastest_tpu_sizes().rows  # of the chip that is traced for
-        rows = rows if rows and sizes[0] % rows == 0 else None
-        blocks = TpuBlocks(*sizes[:2], memory, rows)
+        groups = fastest_tpu_sizes().groups_of(sizes[0])  # of the chip that is traced for
+        blocks = TpuBlocks(*sizes[:2], memory, **groups)
         return attention(query, key, value, described, mask, scale=scale, blocks=blocks)
 
     query, key = (

@@ -72,12 +72,14 @@ class TpuBlocks:
         memory: keys that lie in VMEM together.
         rows: queries that the counting pipelines work on at a time, so that what they compute for
             them stays in registers; None: all.
+        lane_rows: likewise where the backward one sums and searches over lanes.
     """
 
     query: int = 512
     key: int = 512
     memory: int = 8192
     rows: int | None = None
+    lane_rows: int | None = None
 
     def __post_init__(self):
         if self.query < 128 or self.query % 128:
@@ -88,13 +90,20 @@ class TpuBlocks:
             raise ValueError(f"{self.memory=}; it must be a multiple of {self.key=}.")
         if self.rows is not None and (self.rows < 8 or self.query % self.rows):
             raise ValueError(f"{self.rows=}; it must be 8 or more and divide {self.query=}.")
+        if self.lane_rows is not None and (self.lane_rows < 8 or self.query % self.lane_rows):
+            raise ValueError(f"{self.lane_rows=}; it must be 8 or more and divide {self.query=}.")
+
+    def groups_of(self, query: int) -> dict[str, int | None]:
+        """`rows` and `lane_rows` for blocks of so many queries; None where they do not fit."""
+        groups = {"rows": self.rows, "lane_rows": self.lane_rows}
+        return {name: n if n and query % n == 0 else None for name, n in groups.items()}
 
 
 # Generation -> sizes with the fewest bundles for each pair of query and key, in the schedules of
 # benchmarks/tpu_schedule.py; without a TPU those of v6e.
 _FASTEST = {
     4: TpuBlocks(128, 512, 1024, rows=16),
-    5: TpuBlocks(256, 2048, 8192, rows=16),
+    5: TpuBlocks(256, 2048, 8192, rows=16, lane_rows=64),
     6: TpuBlocks(512, 2048, 8192, rows=16),
     7: TpuBlocks(256, 2048, 8192, rows=16),
 }
@@ -120,8 +129,7 @@ def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
         sizes = [size for size in sizes if size >= query and size & (size - 1) == 0]
     key = min(sizes, key=lambda size: _rounded(keys, size) * (1 + 64 / size))
     memory = min(fastest.memory // key * key, _rounded(keys, key))
-    rows = fastest.rows if fastest.rows and query % fastest.rows == 0 else None
-    return TpuBlocks(query, key, memory, rows)
+    return TpuBlocks(query, key, memory, **fastest.groups_of(query))
 
 
 def gpu_sizes(size: int, positions: int, own_gate_key: bool) -> GpuBlocks:

@@ -190,9 +190,6 @@ def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
         output += found["rest"].astype(jnp.float32)
     products = cotangent.astype(jnp.float32) * output
     inputs = arrays | sides | {"cotangent": cotangent, "lse": found["lse"]}
-    inputs |= {
-        f"{name}_turned": jnp.swapaxes(inputs[name], 2, 3) for name in ("query", "cotangent")
-    }
     inputs["delta"] = jnp.sum(products, axis=3)[:, :, None]
     if plan.contextual is not None:
         lower = counting.triangle()

@@ -50,7 +50,7 @@ def backward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, 
 
     Args:
         inputs: those of the forward kernel, its log-sum-exp and carries, the cotangent of its
-            output, both also with lengths last, and delta [B, N, 1, T].
+            output, and delta [B, N, 1, T].
     """
     layout = Layout.of(plan, inputs)
     at = Indices(
@@ -87,6 +87,8 @@ def _scratch(plan: Plan, layout: Layout) -> dict:
         shapes |= {"saved": (layout.carry_groups, rows, LANES), "prefix": (rows, LANES)}
         shapes |= {"carried": (layout.groups * layout.query_blocks, rows)}
     scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in shapes.items()}
+    for name, size in (("query", layout.size), ("cotangent", layout.value_size)):
+        scratch[f"{name}_turned"] = pltpu.VMEM((size, rows), layout.dtype)
     scratch["transfer"] = pltpu.SemaphoreType.DMA(())
     if plan.contextual is not None:
         scratch |= tables.scratch_shapes(plan) | backward_pipeline.scratch_shapes(
@@ -159,6 +161,9 @@ def _begin(block: Block, dquery, part: Array, slot: Array) -> None:
     inputs, scratch = block.inputs, block.scratch
     scratch["lse"][...] = rows_of(inputs["lse"][...])
     scratch["delta"][...] = rows_of(inputs["delta"][...])
+    # Once for each block of queries, so that no tile turns them.
+    for name in ("query", "cotangent"):
+        scratch[f"{name}_turned"][...] = jnp.transpose(inputs[name][...])
     _clear(scratch, ("hinge", "total"))
 
     @pl.when(part == 0)

@@ -87,7 +87,6 @@ def _multiply(block: Block, tile: tiles.Tile) -> None:
 def _count_and_hold(block: Block, tile: tiles.Tile, index: Array) -> Array:
     """The second stage: gates and counts; how many rows of the table a lane passes at most."""
     plan, scratch = block.plan, block.scratch
-    last, lower = plan.contextual.last, block.inputs["lower"][...]
     scratch["dlogits"][...] = matmul(block.inputs["cotangent"][...], tile.keys("value"), NT)
     for rows in plan.row_groups:
         falls = scratch["coming"][rows, :]
@@ -96,11 +95,19 @@ def _count_and_hold(block: Block, tile: tiles.Tile, index: Array) -> Array:
         within = _running(gates[::-1])[::-1]
         scratch["falls"][rows, :], scratch["gates"][rows, :] = falls, join(gates)
         scratch["within"][rows, :] = join(within)
-    sums, lowest = scratch["within"][:, :LANES], scratch["within"][:, -LANES:]
-    carry = gradients.carry(scratch["saved"], index)
-    behind = jnp.minimum(carry + counting.exclusive(sums, lower), last)
-    scratch["behind"][...] = behind
-    return counting.crossings(sums + behind, lowest + behind, last)
+    places = [_count_rows(block, rows, index) for rows in plan.lane_groups]
+    highest, lowest = (jnp.concatenate(parts) for parts in zip(*places, strict=True))
+    return counting.crossings(highest, lowest, plan.contextual.last)
+
+
+def _count_rows(block: Block, rows: slice, index: Array) -> tuple[Array, Array]:
+    """Counts behind each lane, from its sum of gates; the highest and the lowest place in it."""
+    scratch, lower = block.scratch, block.inputs["lower"][...]
+    sums, lowest = scratch["within"][rows, :LANES], scratch["within"][rows, -LANES:]
+    carry = gradients.carry(scratch["saved"].at[:, rows], index)
+    behind = jnp.minimum(carry + counting.exclusive(sums, lower), block.plan.contextual.last)
+    scratch["behind"][rows, :] = behind
+    return sums + behind, lowest + behind
 
 
 def _running(parts: list[Array]) -> list[Array]:
@@ -112,15 +119,13 @@ def _running(parts: list[Array]) -> list[Array]:
 
 def _weigh_held(block: Block, crossings: int | Array) -> None:
     """The third stage: everything that is no large product."""
-    plan, scratch = block.plan, block.scratch
+    plan = block.plan
     ranks = range(crossings if isinstance(crossings, int) else 0)
     for rows in plan.row_groups:
         _weigh_rows(block, rows, ranks)
-    _add_table(block, crossings)
-    slopes, upper = scratch["lane_slopes"][...], block.inputs["upper"][...]
-    before = scratch["prefix"][...] + counting.exclusive(slopes, upper)
-    scratch["prefix"][...] = last_lane(before + slopes)
-    scratch["lane_slopes"][...] = before
+    for rows in plan.lane_groups:
+        _add_table(block, crossings, rows)
+        _add_slopes(block, rows)
     for rows in plan.row_groups:
         _hand_on_rows(block, rows)
 
@@ -149,20 +154,29 @@ def _weigh_rows(block: Block, rows: slice, ranks: range) -> None:
     _hold(block, "weights", rows, weights)
 
 
-def _add_table(block: Block, crossings: int | Array) -> None:
+def _add_slopes(block: Block, rows: slice) -> None:
+    """Sums for the gates, from those of each lane."""
+    scratch = block.scratch
+    slopes, upper = scratch["lane_slopes"][rows, :], block.inputs["upper"][...]
+    before = scratch["prefix"][rows, :] + counting.exclusive(slopes, upper)
+    scratch["prefix"][rows, :] = last_lane(before + slopes)
+    scratch["lane_slopes"][rows, :] = before
+
+
+def _add_table(block: Block, crossings: int | Array, rows: slice) -> None:
     """As `gradients.add_table`, from the sums of each lane."""
     scratch = block.scratch
-    behind = scratch["behind"][...]
+    behind = scratch["behind"][rows, :]
 
     def own(rank):
         if isinstance(rank, int):
-            return scratch[_OWN[rank]][...]
-        places = [x + behind for x in chunks(scratch["within"][...])]
-        return counting.own_sum(places, chunks(scratch["dlogits"][...]), rank)
+            return scratch[_OWN[rank]][rows, :]
+        places = [x + behind for x in chunks(scratch["within"][rows, :])]
+        return counting.own_sum(places, chunks(scratch["dlogits"][rows, :]), rank)
 
-    lowest = scratch["within"][:, -LANES:] + behind
-    sums = LaneSums(scratch["lane_total"][...], scratch["lane_moment"][...], lowest, own)
-    gradients.add_table(block, sums, crossings)
+    lowest = scratch["within"][rows, -LANES:] + behind
+    sums = LaneSums(scratch["lane_total"][rows, :], scratch["lane_moment"][rows, :], lowest, own)
+    gradients.add_table(block, sums, crossings, rows)
 
 
 def _hand_on_rows(block: Block, rows: slice) -> None:

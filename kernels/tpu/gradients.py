@@ -1,8 +1,8 @@
 """What the backward kernel does with a tile.
 
 Gradients of query and keys lack a factor, `unit`, which XLA multiplies by in the end. Those of keys
-and values are made with lengths last: the queries and the cotangent come turned, once, instead of
-turning every tile.
+and values are made with lengths last: queries and cotangent are turned, once for each block of
+queries, instead of turning every tile.
 """
 
 from typing import NamedTuple
@@ -121,11 +121,14 @@ def carry(saved, index: Array) -> Array:
     return over_lanes(jnp.where(lane == index % LANES, group, 0.0), jnp.sum)
 
 
-def add_table(block: Block, sums: LaneSums, crossings: int | Array) -> None:
-    """Sums from which the gradients of the table's entries are made in the end."""
+def add_table(
+    block: Block, sums: LaneSums, crossings: int | Array, rows: slice = slice(None)
+) -> None:
+    """Sums of some rows from which the gradients of the table's entries are made in the end."""
     hinge, total = block.scratch["hinge"], block.scratch["total"]
-    hinge[...] += counting.hinges(sums, block.inputs["upper"][...], block.plan.pieces, crossings)
-    total[...] += sums.total
+    upper, pieces = block.inputs["upper"][...], block.plan.pieces
+    hinge[rows, :] += counting.hinges(sums, upper, pieces, crossings)
+    total[rows, :] += sums.total
 
 
 def _gate_gradients(block: Block, counted: Counted, slopes: Chunks, dlogits: Chunks) -> Chunks:
@@ -152,11 +155,11 @@ def add_products(block: Block, tile: Tile, name: str, dproducts: Array) -> None:
     keys = tile.keys(name)
     dproducts = dproducts.astype(keys.dtype)
     block.scratch["query"][...] += matmul(dproducts, keys)
-    query = block.inputs["query_turned"][...].astype(keys.dtype)
+    query = block.scratch["query_turned"][...].astype(keys.dtype)
     block.outputs[name][:, tile.here] += matmul(query, dproducts)
 
 
 def add_values(block: Block, tile: Tile, weights: Array) -> None:
     """Gradients of values."""
-    cotangent = block.inputs["cotangent_turned"][...]
+    cotangent = block.scratch["cotangent_turned"][...]
     block.outputs["value"][:, tile.here] += matmul(cotangent, weights.astype(cotangent.dtype))

@@ -89,8 +89,6 @@ class Layout:
         kv_head = lambda *g: at.head(*g) // self.groups  # noqa: E731
         if name in ("query", "cotangent", "output", "rest"):
             shape, index = (None, None, rows, whole[3]), (at.batch, at.head, at.query, None)
-        elif name in ("query_turned", "cotangent_turned"):
-            shape, index = (None, None, whole[2], rows), (at.batch, at.head, None, at.query)
         elif name in ("key", "value", "gate_key"):
             shape, index = (None, None, memory, whole[3]), (at.batch, kv_head, at.memory, None)
         elif name in ("lse", "delta"):

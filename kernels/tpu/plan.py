@@ -64,8 +64,15 @@ class Plan:
     @property
     def row_groups(self) -> list[slice]:
         """Some queries at a time, so that what is computed for them stays in registers."""
-        size, rows = self.blocks.rows or self.blocks.query, self.blocks.query
-        return [slice(start, start + size) for start in range(0, rows, size)]
+        return self._groups(self.blocks.rows or self.blocks.query)
+
+    @property
+    def lane_groups(self) -> list[slice]:
+        """The same where 8 queries have one register, not one for each chunk."""
+        return self._groups(self.blocks.lane_rows or self.blocks.query)
+
+    def _groups(self, size: int) -> list[slice]:
+        return [slice(start, start + size) for start in range(0, self.blocks.query, size)]
 
     @property
     def chunks(self) -> int:

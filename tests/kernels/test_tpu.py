@@ -129,7 +129,7 @@ def test_tables_of_any_size(positions):
 @pytest.mark.parametrize("gate_bias, positions", [(-2.0, 40), (3.0, 500)])
 def test_long_walks_through_the_pipelines(gate_bias, positions, monkeypatch):
     """Five full blocks one after the other, in two parts; few counts in a block, and many."""
-    sizes = TpuBlocks(128, 256, 768, rows=64)
+    sizes = TpuBlocks(128, 256, 768, rows=64, lane_rows=32)
     monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
     case = dataclasses.replace(CASE, positions=positions, queries=100, keys=1380, offset=True)
     inputs, params = problem(case)
@@ -142,7 +142,7 @@ def test_long_walks_through_the_pipelines(gate_bias, positions, monkeypatch):
 def test_scales_and_steep_tables(scale, gate_scale, far, monkeypatch):
     """Far 0: as if every table were too steep for the bound that the pipeline takes."""
     monkeypatch.setattr(posjax.kernels.tpu.pipeline, "_FAR", far)
-    sizes = TpuBlocks(128, 256, 768, rows=64)
+    sizes = TpuBlocks(128, 256, 768, rows=64, lane_rows=32)
     monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
     case = dataclasses.replace(CASE, queries=100, keys=900, positions=40)
     inputs, params = problem(case)
@@ -365,7 +365,13 @@ def test_blocks_that_do_not_fit_a_relative_bias(monkeypatch):
 
 @pytest.mark.parametrize(
     "sizes, words",
-    [((100, 128, 128), "query=100"), ((128, 130, 130), "key=130"), ((128, 256, 128), "memory=128")],
+    [
+        ((100, 128, 128), "query=100"),
+        ((128, 130, 130), "key=130"),
+        ((128, 256, 128), "memory=128"),
+        ((128, 128, 128, 48), "rows=48"),
+        ((128, 128, 128, None, 48), "lane_rows=48"),
+    ],
 )
 def test_block_sizes_are_checked(sizes, words):
     with pytest.raises(ValueError, match=words):
