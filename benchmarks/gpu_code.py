@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_code.py --print
     python benchmarks/gpu_code.py --output benchmarks/results/gpu-code-jax-VERSION.json
+    python benchmarks/gpu_code.py --print --size 128 --blocks '{"key": 64, "paired": true}'
 
 XLA and ptxas compile (`pip install "posjax[aot]"`), nvdisasm prints (`nvidia-cuda-nvdisasm`), and
 `sass` finds the innermost loops. Numbers are instructions of a thread for each pair of a query and
@@ -29,7 +30,10 @@ from rich.progress import track
 from rich.table import Table
 
 import posjax
+from posjax.kernels.blocks import GpuBlocks, gpu_sizes
+from posjax.kernels.gpu.attention import attention
 from posjax.kernels.gpu.support import SIZES
+from posjax.masks import Mask, Side
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "tests" / "data" / "h200.txtpb"
@@ -45,13 +49,26 @@ class Settings:
     size: tuple[int, ...] = SIZES
     """Head sizes."""
     positions: int = 64
+    blocks: str | None = None
+    """Fields of `GpuBlocks` as JSON, others as `kernels.blocks` has them; the forward pass only."""
     output: Path | None = None
     print: bool = False
     """Show a table."""
 
 
-def program(size: int, positions: int):
-    """A gradient of causal attention, and what it takes."""
+def blocks_of(size: int, positions: int, changes: str | None) -> GpuBlocks:
+    """The blocks that `kernels.blocks` chooses, with changed fields."""
+    return dataclasses.replace(gpu_sizes(size, positions, False), **json.loads(changes or "{}"))
+
+
+def program(size: int, positions: int, blocks: GpuBlocks | None):
+    """A gradient of causal attention, or with `blocks` the forward pass, and what it takes."""
+    side = Side(jnp.arange(1024)[None])
+
+    def forward(query, key, value, table, gate_bias):
+        bias = posjax.ContextualBias(table, gate_bias=gate_bias)
+        mask = Mask(side, side, is_causal=True)
+        return attention(query, key, value, bias, mask, scale=size**-0.5, blocks=blocks)
 
     def loss(query, key, value, table, gate_bias):
         bias = posjax.ContextualBias(table, gate_bias=gate_bias)
@@ -62,23 +79,24 @@ def program(size: int, positions: int):
 
     shapes = [((1, 1024, heads, size), jnp.bfloat16) for heads in (4, 2, 2)]
     shapes += [((positions, size), jnp.float32), ((), jnp.float32)]
-    return jax.grad(loss, argnums=range(5)), shapes
+    return jax.grad(loss, argnums=range(5)) if blocks is None else forward, shapes
 
 
-def compile_here(size: int, positions: int) -> None:
+def compile_here(size: int, positions: int, changes: str | None = None) -> None:
     """Compiles for an H200; Mosaic GPU prints machine code if it is asked to."""
     described = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=TARGET.read_text(), topology="1x1x1"
     )
     place = jax.sharding.SingleDeviceSharding(described.devices[0])
-    function, shapes = program(size, positions)
+    blocks = None if changes is None else blocks_of(size, positions, changes)
+    function, shapes = program(size, positions, blocks)
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         jax.jit(function).lower(*arguments).compile()
 
 
-def machine_code(size: int, positions: int) -> str:
+def machine_code(size: int, positions: int, changes: str | None) -> str:
     """What a process of its own prints: it reads the environment when it starts."""
     bundled = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/cu1*/bin")
     path = os.pathsep.join([*map(str, bundled), os.environ["PATH"]])
@@ -88,22 +106,23 @@ def machine_code(size: int, positions: int) -> str:
         "JAX_PLATFORMS": "cpu", "PATH": path, "MOSAIC_GPU_DUMP_SASS_CTRL": "1"
     }  # fmt: skip
     command = [sys.executable, __file__, "compile", str(size), str(positions)]
+    command += [] if changes is None else [changes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stdout
 
 
-def measured(size: int, positions: int) -> dict[str, dict]:
+def measured(size: int, positions: int, changes: str | None = None) -> dict[str, dict]:
     """Of every loop of every kernel: instructions for each pair, spills, matrix instructions."""
-    found = {}
-    for name, text in sass.kernels(machine_code(size, positions)).items():
+    found, blocks = {}, blocks_of(size, positions, changes)
+    for name, text in sass.kernels(machine_code(size, positions, changes)).items():
         kernel = name.removeprefix("posjax_attention_").removesuffix("_mosaic_gpu_kernel")
         loops = sass.loops(text)
         for counts, kinds in KINDS.items():
             own = sorted((x for x in loops if x.counts == counts), key=lambda x: -x.instructions)
             for kind, loop in zip(kinds, own, strict=True):
-                pairs = _keys(kernel) * ROWS / THREADS
+                pairs = (blocks.key if kernel == "forward" else 64) * ROWS / THREADS
                 found[f"{kernel} {kind}"] = {
                     "instructions": round(loop.instructions / pairs, 1),
                     "spills": loop.spills,
@@ -112,11 +131,6 @@ def measured(size: int, positions: int) -> dict[str, dict]:
     if not found:
         raise SystemExit(f"jax {jax.__version__} printed no machine code of the kernels.")
     return found
-
-
-def _keys(kernel: str) -> int:
-    """Keys of a step of a loop, with the blocks that `kernels.blocks` chooses for up to 64 rows."""
-    return 128 if kernel == "forward" else 64
 
 
 def report(settings: Settings) -> dict:
@@ -130,7 +144,8 @@ def report(settings: Settings) -> dict:
         "jax": jax.__version__,
         "plugin": importlib.metadata.version("jax-cuda13-plugin"),
         "positions": settings.positions,
-        "loops": {str(size): measured(size, settings.positions) for size in sizes},
+        **({"blocks": json.loads(settings.blocks)} if settings.blocks else {}),
+        "loops": {str(s): measured(s, settings.positions, settings.blocks) for s in sizes},
     }
 
 
@@ -155,6 +170,6 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compile"]:
-        compile_here(*map(int, sys.argv[2:]))
+        compile_here(*map(int, sys.argv[2:4]), *sys.argv[4:])
     else:
         main(tyro.cli(Settings, description=__doc__))

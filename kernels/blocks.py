@@ -39,12 +39,16 @@ class GpuBlocks:
         stages: blocks of keys in shared memory.
         packed: half precision tables with one load for each key, or float32 with a load of two
             words; see `kernels.gpu.tables`.
+        paired: one reciprocal for the gates of two neighbouring keys, and three products more.
+        ping_pong: the two warpgroups of the forward kernel take turns at the matrix units.
     """
 
     key: int = 128
     count: int = 64
     stages: int = 2
     packed: bool = True
+    paired: bool = False
+    ping_pong: bool = False
 
     def __post_init__(self):
         if self.count not in (64, 128) or self.key % self.count or self.key < 1:

@@ -12,5 +12,6 @@
 | walk             | rings of blocks in shared memory, and a warpgroup's queries                 |
 | tiles, gradients | what a tile of 64 queries and some keys computes                            |
 | instructions     | the steps that Pallas has no name for; emulated in the interpreter          |
+| reciprocals      | one reciprocal for two keys                                                 |
 | layout           | shared memory, barriers, start of a kernel                                  |
 """

@@ -12,10 +12,15 @@ to left, which both share. A warpgroup goes through these loops:
 | band    | that all queries see, until every count has saturated  | count, table                |
 | plain   | the others that all queries see                        | attention without a bias    |
 
+With `GpuBlocks.ping_pong` the two warpgroups take turns: they meet twice in every block of keys,
+before the softmax and after it, one of them half a block behind. While one computes its softmax the
+matrix units work for the other. Both visit every block, so they meet equally often.
+
 Logits and their log-sum-exp are in units of ln 2.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +30,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.common import LOG2E, MASKED
 from posjax.kernels.gpu.instructions import multiply_into
-from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, share_registers, with_barriers
+from posjax.kernels.gpu.layout import (
+    Barriers,
+    Refs,
+    launch,
+    matrix,
+    per_row,
+    share_registers,
+    with_barriers,
+)
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import SAVED, Place, Tile, along_rows, first_place, gate_bias
 from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_down, own_span, union
@@ -85,7 +98,8 @@ def _scratch(plan: Plan, inputs: dict[str, Array]) -> dict:
         own["tables"] = plgpu.SMEM((GROUPS, *_table_shape(inputs)), jnp.float32)
         constants["lower"] = matrix((blocks.count, blocks.count), jnp.float16)
     passing = dict.fromkeys(fetched(plan), matrix((blocks.stages, blocks.key, size), dtype))
-    return with_barriers(own=own, constants=constants, passing=passing)
+    turns = {"turn": Barriers(1, arrivals=GROUPS)} if blocks.ping_pong else {}
+    return with_barriers(own=own, constants=constants, passing=passing) | turns
 
 
 def _table_shape(inputs: dict[str, Array]) -> tuple[int, int]:
@@ -133,7 +147,8 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
     def side(number, loop):
         """On the right of the full blocks and over them; on the left of them; the rest."""
         choose = lambda a, b, c: jnp.where(number == 0, a, jnp.where(number == 1, b, c))  # noqa: E731
-        loop = loop_down(choose(span.last + 1, _NOWHERE, low), queries.ring.skip, loop)
+        skip = functools.partial(_skip, queries)
+        loop = loop_down(choose(span.last + 1, _NOWHERE, low), skip, loop)
         loop = loop_down(choose(span.full_last + 1, span.first, _NOWHERE), careful, loop)
         bound = choose(span.full_first, _NOWHERE, _NOWHERE)
         if own:
@@ -143,8 +158,26 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
             pl.when(number == 0)(lambda: queries.save("plain", last))
         return loop_down(bound, plain, loop)
 
+    # The second warpgroup starts when the first one comes to its softmax.
+    pl.when(queries.group == 1)(functools.partial(_meet, queries))
     _, walk = jax.lax.fori_loop(0, 3, side, (high, walk))
+    pl.when(queries.group == 0)(functools.partial(_meet, queries))
     _finish(queries, walk)
+
+
+def _meet(queries: Queries) -> None:
+    """Waits until the other warpgroup comes here too, if they take turns."""
+    if queries.plan.blocks.ping_pong:
+        turn = queries.scratch["turn"].at[0]
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+
+def _skip(queries: Queries, index: Array, walk: Walk) -> Walk:
+    """A block that only the other warpgroup needs."""
+    for _ in range(2):
+        _meet(queries)
+    return queries.ring.skip(index, walk)
 
 
 def _block(queries: Queries, index: Array, walk: Walk, *, counts: bool, masked: bool) -> Walk:
@@ -161,6 +194,8 @@ def _block(queries: Queries, index: Array, walk: Walk, *, counts: bool, masked: 
         dots = gate_dots = tile.dots("query", "key")
         if counts and "gate_key" in names:
             gate_dots = tile.dots("query", "gate_key")
+        if start == starts[0]:
+            _meet(queries)
         if start == 0:
             ring.release(names, index)
         allowed = tile.allowed() if masked else None
@@ -173,7 +208,8 @@ def _block(queries: Queries, index: Array, walk: Walk, *, counts: bool, masked: 
         if start == starts[0]:
             # Softmax is on its way meanwhile.
             ring.wait(["value"], index)
-        walk = _absorb(tile, walk, *logits, allowed)
+        turn = functools.partial(_meet, queries) if start == 0 else None
+        walk = _absorb(tile, walk, *logits, allowed, turn)
     ring.release(["value"], index)
     return walk
 
@@ -186,8 +222,14 @@ def _save_places(tile: Tile, places: Array, right: Array) -> Array:
     return lefts[0]
 
 
-def _absorb(tile: Tile, walk: Walk, logits: Array, unit: float, allowed: Array | None) -> Walk:
-    """Softmax over the keys so far, and their values; logits are in units of ln 2 / `unit` > 0."""
+def _absorb(
+    tile: Tile, walk: Walk, logits: Array, unit: float, allowed: Array | None, turn: Callable | None
+) -> Walk:
+    """Softmax over the keys so far, and their values; logits are in units of ln 2 / `unit` > 0.
+
+    Args:
+        turn: what waits for this warpgroup's turn at the matrix units.
+    """
     if allowed is not None:
         logits = jnp.where(allowed, logits, MASKED)
     maximum = jnp.maximum(walk.maximum, jnp.max(logits, axis=1) * unit)
@@ -199,6 +241,8 @@ def _absorb(tile: Tile, walk: Walk, logits: Array, unit: float, allowed: Array |
     output = walk.output * along_rows(shrink, walk.output.shape)
     value = tile.operands["value"]
     weights = weights.astype(value.dtype)
+    if turn is not None:
+        turn()
     output = multiply_into(output, weights, value, emulated=tile.plan.emulated)
     return walk._replace(output=output, maximum=maximum, total=total)
 

@@ -13,6 +13,7 @@ from posjax.kernels.common import LOG2E
 from posjax.kernels.gpu import instructions
 from posjax.kernels.gpu.layout import Refs, per_row, row_layout
 from posjax.kernels.gpu.plan import ROWS, Plan
+from posjax.kernels.gpu.reciprocals import paired_reciprocal
 from posjax.types import Array, Bool, Float, Int, Num
 
 __all__ = ["SAVED", "Place", "Tile", "Values", "along_rows", "first_place", "gate_bias"]
@@ -131,7 +132,9 @@ class Tile:
             offset = offset - self.gate_bias
         exponent = dots * (-contextual.gate_scale * LOG2E) + offset
         denominator = contextual.gate_unit + jnp.exp2(exponent)
-        gates = instructions.reciprocal(denominator, emulated=self.plan.emulated)
+        paired, emulated = self.plan.blocks.paired, self.plan.emulated
+        invert = paired_reciprocal if paired else instructions.reciprocal
+        gates = invert(denominator, emulated=emulated)
         return gates if allowed is None else jnp.where(allowed, gates, 0.0)
 
     def places(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import posjax
+from posjax.kernels.blocks import GpuBlocks
 from tests import tolerances
 from tests.cases import Case, problem, run, run_with_gradients
 
@@ -93,6 +94,66 @@ def test_values_and_gradients(changes, interpreter):
     inputs, params = problem(case)
     got = run_with_gradients(case, inputs, params, "gpu")
     assert_near(got, *exactly(case, inputs, params))
+
+
+CHOICES = {
+    "paired": (GpuBlocks(paired=True), {}),
+    "paired, exact": (GpuBlocks(count=128, packed=False, paired=True), {"size": 128}),
+    # The first warpgroup needs a block less, the second one counts longer.
+    "ping-pong": (GpuBlocks(key=64, ping_pong=True), {"queries": 128, "keys": 320}),
+    "ping-pong, window": (GpuBlocks(key=64, stages=3, ping_pong=True), {"window": (70, 0)}),
+    "ping-pong, two halves": (GpuBlocks(ping_pong=True, paired=True), {"positions": 70}),
+    "ping-pong, no bias": (GpuBlocks(ping_pong=True), {"bias": "none"}),
+}
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks, changes", CHOICES.values(), ids=CHOICES)
+def test_choices_of_blocks(blocks, changes, interpreter, monkeypatch):
+    monkeypatch.setattr("posjax.kernels.gpu.attention.gpu_sizes", lambda *_: blocks)
+    case = dataclasses.replace(CASE, **changes)
+    inputs, params = problem(case)
+    want, spread = exactly(case, inputs, params)
+    if blocks.paired:
+        assert_near(run_with_gradients(case, inputs, params, "gpu"), want, spread)
+    else:
+        assert_near(run(case, inputs, params, "gpu"), want[0])
+
+
+@needs_interpreter
+def test_one_warpgroup_sees_nothing_and_they_take_turns(interpreter, monkeypatch):
+    blocks = GpuBlocks(key=64, ping_pong=True)
+    monkeypatch.setattr("posjax.kernels.gpu.attention.gpu_sizes", lambda *_: blocks)
+    case = dataclasses.replace(CASE, causal=False, offset=False, queries=128, keys=192)
+    inputs, params = problem(case)
+    ids = jnp.zeros((1, 192), jnp.int32)
+    alone = ids[:, :128].at[:, :64].set(5)
+    segments = {"query_segment_ids": alone, "key_segment_ids": ids}
+    output = run(case, inputs, params, "gpu", **segments)
+    assert not np.any(output[:, :64])
+    assert_near(output, run(case, inputs, params, "reference", **segments).astype(jnp.float32))
+
+
+def test_paired_reciprocals_stay_finite():
+    from posjax.kernels.gpu.reciprocals import paired_reciprocal
+
+    x = jnp.array([[2.0, 2.0, 3.0, 1e30, jnp.inf, 64.0, jnp.inf, 2.0**100]])
+    found = np.asarray(paired_reciprocal(x, emulated=True))
+    np.testing.assert_allclose(found, np.maximum(1 / np.asarray(x), 2.0**-63), rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"count": 32}, "self.count=32 must be 64 or 128"),
+        ({"key": 192, "count": 128}, "divide self.key=192"),
+        ({"stages": 0}, "self.stages=0"),
+    ],
+)
+def test_wrong_blocks(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        GpuBlocks(**wrong)
 
 
 @needs_interpreter

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import posjax
+from posjax.kernels.blocks import GpuBlocks
 from tests import aot
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -36,6 +37,24 @@ def arguments(size=128, positions=64, dtype="bfloat16", own_gate_key=False, leng
         )
     segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if own_gate_key else None
     return array(4), array(2), array(2), bias, segments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, blocks",
+    [
+        (64, GpuBlocks(key=64, count=64, stages=4, packed=False, paired=True, ping_pong=True)),
+        (64, GpuBlocks(count=128, packed=False, paired=True)),
+        (128, GpuBlocks(paired=True, ping_pong=True)),
+    ],
+    ids=str,
+)
+def test_choices_compile(size, blocks, monkeypatch):
+    monkeypatch.setattr("posjax.kernels.gpu.attention.gpu_sizes", lambda *_: blocks)
+    topology, inputs = aot.h200_topology(), arguments(size)
+    with aot.described(topology):
+        executable = aot.compiled(attention, topology, *inputs)
+    assert executable.out_info.shape == inputs[0].shape
 
 
 @pytest.mark.slow
