@@ -1,5 +1,6 @@
 """The tuner of the GPU kernels, in Pallas's interpreter and through the compiler for an H200."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -21,10 +22,8 @@ TINY = {
 @pytest.fixture
 def tuner(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import gpu_choices
-    import gpu_trials
-    import tune_gpu
-
+    names = ("tune_gpu", "gpu_choices", "gpu_trials")
+    tune_gpu, gpu_choices, gpu_trials = map(importlib.import_module, names)
     # Only gate keys of the queries' own, which halves the time.
     first = lambda *args: gpu_choices.problems(*args)[:1]  # noqa: E731
     monkeypatch.setattr(tune_gpu, "problems", first)
