@@ -33,7 +33,7 @@ import tyro
 from attention_contenders import CONTENDERS, PASSES, available
 from attention_problem import Problem, Settings, arrays_of, problems, unsaturated, with_suite
 from attention_report import show, write_docs
-from attention_timing import Entry, check, is_memory, rows_of
+from attention_timing import NO_TIME, Entry, check, is_memory, rows_of
 from machine import environment, peak_bytes
 from rich.console import Console
 
@@ -119,8 +119,14 @@ def earlier(settings: Settings, content: dict) -> dict:
     if settings.output is None or settings.budget is None or not Path(settings.output).exists():
         return {}
     before = json.loads(Path(settings.output).read_text())
-    same = all(before.get(name) == content[name] for name in ("device", "jax", "settings"))
-    return before["results"] if same else {}
+    free = ("budget", "output", "docs")
+    kept = ({k: v for k, v in x["settings"].items() if k not in free} for x in (before, content))
+    same = all(before.get(name) == content[name] for name in ("device", "jax"))
+    if not same or next(kept) != next(kept):
+        return {}
+    finished = lambda row: NO_TIME not in row["failed"].values()  # noqa: E731
+    results = before["results"].items()
+    return {name: x for name, x in results if all(map(finished, x["rows"].values()))}
 
 
 def run(settings: Settings) -> bool:

@@ -13,8 +13,9 @@ import numpy as np
 from attention_contenders import CONTENDERS, PASSES, PLAIN_REFERENCE, Passes
 from attention_problem import Problem, Settings, arrays_of
 
-__all__ = ["Entry", "check", "is_memory", "rows_of", "words_of"]
+__all__ = ["NO_TIME", "Entry", "check", "is_memory", "rows_of", "words_of"]
 
+NO_TIME = "no time was left"
 # Root mean square of the error over that of the result, in 16 bits, where sums of gates have
 # float16 terms. In float32: the largest error of outputs of order 1; of gradients ten times it.
 _NARROW, _WIDE = 1e-2, 1e-5
@@ -154,7 +155,7 @@ def _prepared(settings: Settings, problem: Problem, names: list[str]) -> dict:
 def _launches(settings: Settings, passes, place: tuple[str, float], deadline: float) -> int | str:
     """How often a pass is launched in one measurement, on a CPU once; or why it cannot be."""
     if time.monotonic() > deadline:
-        return "no time was left"
+        return NO_TIME
     try:
         if isinstance(passes, Exception):
             raise passes

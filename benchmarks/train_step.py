@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from attention_timing import words_of
+from attention_timing import NO_TIME, words_of
 from gpu_trials import no_gpu
 from machine import environment
 from rich.console import Console
@@ -69,7 +69,7 @@ class Settings:
     contenders: tuple[str, ...] = ()
     """None: all that can run here."""
     budget: float | None = None
-    """Seconds after which no other length is begun."""
+    """Seconds after which nothing else is compiled."""
     output: Path | None = None
     """Write everything to this JSON file."""
 
@@ -90,12 +90,12 @@ def _rope(settings: Settings) -> RoPE:
 
 
 CONTENDERS = {
-    "rope": Contender(_rope, None),
-    "rope_cudnn": Contender(_rope, "cudnn"),
-    "rope_gpu": Contender(_rope, "gpu"),
-    "rope_xla": Contender(_rope, "xla"),
     "cope_gpu": Contender(_cope, "gpu"),
+    "rope_cudnn": Contender(_rope, "cudnn"),
     "cope_xla": Contender(_cope, "xla"),
+    "rope_xla": Contender(_rope, "xla"),
+    "rope_gpu": Contender(_rope, "gpu"),
+    "rope": Contender(_rope, None),
 }
 
 
@@ -194,10 +194,13 @@ def check(settings: Settings, running: dict[str, Running]) -> dict[str, str]:
     return wrong
 
 
-def measured(settings: Settings, names: list[str], length: int) -> dict:
+def measured(settings: Settings, names: list[str], length: int, deadline: float) -> dict:
     """Rows of one length: times, or what is wrong."""
     running, rows = {}, {}
     for name in names:
+        if time.monotonic() > deadline:
+            rows[name] = {"failed": NO_TIME}
+            continue
         try:
             running[name] = Running(settings, name, length)
         except Exception as error:  # any library's: the others go on
@@ -241,16 +244,18 @@ def show(console: Console, length: int, rows: dict) -> None:
 
 def main(settings: Settings) -> None:
     """Checks, measures, prints, writes."""
-    start, console = time.monotonic(), Console(width=120)
+    end, console = time.monotonic() + (settings.budget or 0), Console(width=120)
     names, missing = available(settings)
     command = ("python benchmarks/train_step.py " + shlex.join(sys.argv[1:])).strip()
     content = {"command": command, **environment(), "missing": missing, "results": {}}
     content["settings"] = dataclasses.asdict(settings) | {"output": str(settings.output)}
     for length in settings.lengths:
-        if settings.budget is not None and time.monotonic() - start > settings.budget:
-            console.print(f"left out, the budget is spent: T = {length}")
-            continue
-        rows = content["results"][str(length)] = measured(settings, names, length)
+        # Every length has its part of what is left.
+        parts = len(settings.lengths) - len(content["results"])
+        now = time.monotonic()
+        deadline = now + (end - now) / parts if settings.budget is not None else float("inf")
+        rows = measured(settings, names, length, deadline)
+        content["results"][str(length)] = rows
         show(console, length, rows)
         jax.clear_caches()
         if settings.output is not None:

@@ -49,9 +49,14 @@ def test_times_of_all_contenders(modules, tmp_path, capsys, monkeypatch):
     assert "posjax CoPE, blockwise, gates 0.1" in found
     assert "blocks count" in found
 
-    # The second time it has all.
+    # The second time it has all, whatever the budget; but not what there was no time for.
     monkeypatch.setattr(modules["attention"], "measured", None)
+    settings = dataclasses.replace(settings, budget=200.0)
     modules["attention"].main(settings)
+    text = output.read_text().replace('"failed": {}', '"failed": {"forward": "no time was left"}')
+    output.write_text(text)
+    with pytest.raises(TypeError, match="not callable"):
+        modules["attention"].main(settings)
 
 
 def test_a_wrong_contender_is_not_timed(modules, monkeypatch, capsys):
