@@ -45,10 +45,12 @@ _FULL = "out of memory"
 MEMORY_SECONDS = 120.0
 
 
-def measured(settings: Settings, problem: Problem, deadline: float, console: Console) -> dict:
+def measured(
+    settings: Settings, problem: Problem, deadline: float, console: Console, known: dict
+) -> dict:
     """Everything about one problem but memory; contenders that are wrong are not timed."""
     names, missing = available(settings, problem)
-    wrong = check(settings, problem, names)
+    wrong = check(settings, problem, names, known)
     for name, reason in wrong.items():
         console.print(f"{name} is not timed: {reason}", markup=False, style="red")
     arrays = arrays_of(problem)
@@ -138,7 +140,7 @@ def run(settings: Settings) -> bool:
     content = {"command": command, **environment(), "settings": settings_json, "missing": {}}
     content |= {"left_out": [], "results": {}}
     results = content["results"] = earlier(settings, content)
-    longest = 0.0
+    longest, known = 0.0, {}  # of problems so far
     for problem in problems(settings):
         content["missing"] |= available(settings, problem)[1]
         if problem.name in results:
@@ -149,7 +151,7 @@ def run(settings: Settings) -> bool:
             continue
         # A quarter of the time is left for memory.
         timed_until = deadline - (settings.budget or 0) * 0.25 * settings.memory
-        results[problem.name] = measured(settings, problem, timed_until, console)
+        results[problem.name] = measured(settings, problem, timed_until, console, known)
         longest = max(longest, time.monotonic() - began)
         write(settings, content)
         show(console, problem.name, results[problem.name], settings.base)

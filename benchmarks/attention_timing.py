@@ -52,39 +52,64 @@ def words_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def check(settings: Settings, problem: Problem, names: list[str]) -> dict[str, str]:
+def check(settings: Settings, problem: Problem, names: list[str], known: dict) -> dict[str, str]:
     """What is wrong with contenders: values and gradients against the dense form, at short T.
 
     Every one is compared with float32 numbers of the same inputs, in the problem's type, or
     float32 where its counts would be in the inputs' type.
+
+    Args:
+        known: what earlier calls have found: lengths do not differ here. It is added to.
     """
-    wrong = {}
+    found = {}
     for name in names:
-        contender = CONTENDERS[name]
-        dtype = contender.checked_in or problem.dtype
-        small = dataclasses.replace(problem, length=200 if dtype == "float32" else 512, dtype=dtype)
-        try:
-            reason = _difference(small, name, settings.gate[0])
-        except Exception as error:  # any library's: the others go on
-            reason = words_of(error)
-        if reason is not None:
-            wrong[name] = reason
-    return wrong
+        dtype = CONTENDERS[name].checked_in or problem.dtype
+        length = 200 if dtype == "float32" else 512
+        found[name] = dataclasses.replace(problem, length=length, dtype=dtype), settings.gate[0]
+    todo = {(*found[name], CONTENDERS[name].contextual): None for name in names}
+    todo |= {(*found[name], name): None for name in names}
+    todo = [key for key in todo if key not in known]
+    # PyTorch's compiler is for one thread; XLA's is not.
+    ours = [key for key in todo if "torch" not in str(key[2]) and "flex" not in str(key[2])]
+    with concurrent.futures.ThreadPoolExecutor(_workers()) as pool:
+        known |= dict(zip(ours, pool.map(_results, ours), strict=True))
+    known |= {key: _results(key) for key in todo if key not in known}
+    reasons = {}
+    for name, place in found.items():
+        want, got = known[*place, CONTENDERS[name].contextual], known[*place, name]
+        failed = next((x for x in (want, got) if isinstance(x, str)), None)
+        reasons[name] = failed or _difference(want, got, place[0].dtype == "float32")
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _difference(problem: Problem, name: str, gate: float) -> str | None:
-    """How a contender differs from the dense form, if it does."""
+def _workers() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _results(key: tuple) -> dict | str:
+    """Of a contender, or of the dense form (True: with gates), in both passes; or what failed."""
+    problem, gate, name = key
     arrays = arrays_of(problem)
     kind = jax.numpy.dtype(problem.dtype)
-    rounded = {n: x.astype(kind if n != "table" else x.dtype) for n, x in arrays.items()}
-    rounded = {n: x.astype(np.float32) for n, x in rounded.items()}
-    wide = dataclasses.replace(problem, dtype="float32")
-    with jax.default_matmul_precision("highest"):
-        dense = CONTENDERS["cope_reference"] if CONTENDERS[name].contextual else PLAIN_REFERENCE
-        want = _numbers(dense.make(wide, rounded, (gate,)))
-        exact = problem.dtype == "float32"
-        got = _numbers(CONTENDERS[name].make(problem, rounded, (gate,))) if exact else None
-    got = got or _numbers(CONTENDERS[name].make(problem, rounded, (gate,)))
+    arrays = {n: x.astype(kind if n != "table" else x.dtype) for n, x in arrays.items()}
+    arrays = {n: x.astype(np.float32) for n, x in arrays.items()}
+    reference = CONTENDERS["cope_reference"] if name is True else PLAIN_REFERENCE
+    contender = reference if isinstance(name, bool) else CONTENDERS[name]
+    if isinstance(name, bool):
+        problem = dataclasses.replace(problem, dtype="float32")
+    # Products of float32 numbers are not to be rounded; those of narrow ones are exact anyway.
+    exact = "highest" if problem.dtype == "float32" else None
+    try:
+        with jax.default_matmul_precision(exact):
+            passes = contender.make(problem, arrays, (gate,))
+            passes.prepare()
+        return {step: passes.numbers(run()) for (step, _), run in passes.launch.items()}
+    except Exception as error:  # any library's: the others go on
+        return words_of(error)
+
+
+def _difference(want: dict, got: dict, exact: bool) -> str | None:
+    """How results differ from those of the dense form, if they do."""
     for step in PASSES:
         wanted = want[step] if isinstance(want[step], dict) else {"output": want[step]}
         found = got[step] if isinstance(got[step], dict) else {"output": got[step]}
@@ -106,11 +131,6 @@ def _error(got, want, exact: bool, step: str, array: str) -> tuple[float, float]
     # The table's gradient is a sum over all queries of both signs.
     limit = _NARROW * (2 if array == "table" else 1)
     return float(np.sqrt(np.mean((got - want) ** 2)) / size), limit
-
-
-def _numbers(passes: Passes) -> dict:
-    passes.prepare()
-    return {step: passes.numbers(launch()) for (step, _), launch in passes.launch.items()}
 
 
 def rows_of(settings: Settings, problem: Problem, names: list[str], deadline: float) -> dict:
@@ -148,7 +168,7 @@ def _prepared(settings: Settings, problem: Problem, names: list[str]) -> dict:
             return error
         return made
 
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_workers()) as pool:
         return dict(zip(names, pool.map(prepare, names), strict=True))
 
 
