@@ -63,7 +63,7 @@ def measured(
     return found | {"wrong": wrong, "missing": missing}
 
 
-def peak_memory(problem: Problem, entry: Entry, seconds: float) -> float | str | None:
+def peak_memory(problem: Problem, entry: Entry, seconds: float) -> float | str:
     """GiB that forward and backward add to a process of their own, or why there is no number."""
     words = [sys.executable, __file__, "--memory-of", entry.contender]
     words += ["--gate", str(entry.gate), "--lengths", str(problem.length)]
@@ -75,7 +75,7 @@ def peak_memory(problem: Problem, entry: Entry, seconds: float) -> float | str |
             words, capture_output=True, text=True, check=False, timeout=seconds, env=alone
         )
     except subprocess.TimeoutExpired:
-        return None
+        return NO_TIME
     if done.returncode == 0:
         return float(done.stdout.split()[-1])
     killed = done.returncode < 0  # by the system, when a computer's memory is full
@@ -92,28 +92,22 @@ def print_memory(settings: Settings) -> None:
     print((peak_bytes() - before) / 2**30)
 
 
-def add_memory(settings: Settings, results: dict, deadline: float) -> list[str]:
-    """Peak memory of every row, the first problem first; those for which no time was left."""
-    left = []
+def add_memory(results: dict, deadline: float) -> list[str]:
+    """Peak memory of every row, the first problem first; contenders for which no time was left."""
+    known = {}
     for name, result in results.items():
         problem = Problem(**result["problem"])
-        for label, row in result["rows"].items():
-            if "peak_gib" in row or row["failed"].get(PASSES[1], _FULL) != _FULL:
-                continue
-            seconds = min(MEMORY_SECONDS, deadline - time.monotonic())
-            if seconds <= 0:
-                left.append(f"memory of {name}, {label}")
+        for row in result["rows"].values():
+            known_before = row.get("peak_gib", NO_TIME) != NO_TIME
+            if known_before or row["failed"].get(PASSES[1], _FULL) != _FULL:
                 continue
             # Memory does not depend on the gates.
-            row["peak_gib"] = next(
-                (
-                    other["peak_gib"]
-                    for other in result["rows"].values()
-                    if other["contender"] == row["contender"] and "peak_gib" in other
-                ),
-                None,
-            ) or peak_memory(problem, Entry(row["contender"], row["gate"]), seconds)
-    return left
+            place = name, row["contender"]
+            seconds = min(MEMORY_SECONDS, deadline - time.monotonic())
+            if place not in known and seconds > 0:
+                known[place] = peak_memory(problem, Entry(*place[1:], row["gate"]), seconds)
+            row["peak_gib"] = known.setdefault(place, NO_TIME)
+    return [f"memory of {', '.join(place)}" for place, peak in known.items() if peak == NO_TIME]
 
 
 def earlier(settings: Settings, content: dict) -> dict:
@@ -131,10 +125,19 @@ def earlier(settings: Settings, content: dict) -> dict:
     return {name: x for name, x in results if all(map(finished, x["rows"].values()))}
 
 
+def untimed(rows: dict) -> bool:
+    """Whether there was no time for any of them."""
+    return any(NO_TIME in row["failed"].values() for row in rows.values()) and not any(
+        row["seconds"] for row in rows.values()
+    )
+
+
 def run(settings: Settings) -> bool:
     """Checks, measures, prints and writes; whether all that ran was right."""
     start, console = time.monotonic(), Console(width=150)
     deadline = start + (settings.budget or float("inf"))
+    # A quarter of the time is left for memory.
+    timed_until = deadline - (settings.budget or 0) * 0.25 * settings.memory
     command = "python benchmarks/attention.py " + shlex.join(sys.argv[1:])
     settings_json = json.loads(json.dumps(dataclasses.asdict(settings)))
     content = {"command": command, **environment(), "settings": settings_json, "missing": {}}
@@ -146,19 +149,22 @@ def run(settings: Settings) -> bool:
         if problem.name in results:
             continue
         began = time.monotonic()
-        if began + 0.7 * longest > deadline:
+        if began + 0.7 * longest > timed_until:
             content["left_out"].append(problem.name)
             continue
-        # A quarter of the time is left for memory.
-        timed_until = deadline - (settings.budget or 0) * 0.25 * settings.memory
-        results[problem.name] = measured(settings, problem, timed_until, console, known)
+        found = measured(settings, problem, timed_until, console, known)
+        if untimed(found["rows"]):
+            content["left_out"].append(problem.name)
+            continue
+        results[problem.name] = found
         longest = max(longest, time.monotonic() - began)
         write(settings, content)
         show(console, problem.name, results[problem.name], settings.base)
     if settings.memory:
-        content["left_out"] += add_memory(settings, results, deadline)
+        content["left_out"] += add_memory(results, deadline)
         for name, result in results.items():
-            show(console, name, result, settings.base)
+            if any(type(row.get("peak_gib")) is float for row in result["rows"].values()):
+                show(console, name, result, settings.base)
     for name, reason in content["missing"].items():
         console.print(f"not run: {name}: {reason}", markup=False)
     for name in content["left_out"]:

@@ -99,7 +99,8 @@ def test_out_of_memory_is_a_row(modules, monkeypatch, capsys):
 def test_what_the_budget_leaves_out_is_named(modules, capsys):
     modules["attention"].main(settings_of(modules, budget=1e-9, lengths=(64, 128)))
     found = capsys.readouterr().out
-    assert "left out, the budget is spent: T 128, N 2/1, H 8, float32" in found
+    for length in (64, 128):
+        assert f"left out, the budget is spent: T {length}, N 2/1, H 8, float32" in found
     timing = modules["timing"]
     settings = settings_of(modules, budget=1e-6)
     (problem,) = modules["problem"].problems(settings)
@@ -170,6 +171,27 @@ def test_memory_in_a_process_of_its_own(modules, capsys):
     modules["attention"].main(settings_of(modules, memory=True, contenders=("plain", "cope_xla")))
     last = capsys.readouterr().out.split("peak GiB")[-1]
     assert last.count("0.") >= 2
+
+
+def test_memory_is_measured_once_for_all_gates_and_until_the_time_is_over(modules, monkeypatch):
+    attention, seen = modules["attention"], []
+    row = {"failed": {}, "gate": 0.5, "contender": "cope_xla"}
+    rows = {"a": row, "b": row | {"gate": 0.1}, "c": row | {"contender": "plain"}}
+    rows["d"] = row | {"contender": "plain_xla", "failed": {"forward and backward": "broken"}}
+    problem = dict.fromkeys(("length", "batch", "heads", "kv_heads", "head_size", "positions"), 1)
+    results = {"x": {"problem": problem | {"dtype": "float32"}, "rows": rows}}
+
+    def peak(problem, entry, seconds):
+        seen.append(entry.contender)
+        return 1.5
+
+    monkeypatch.setattr(attention, "peak_memory", peak)
+    left = attention.add_memory(results, time.monotonic() - 1)
+    assert left == ["memory of x, cope_xla", "memory of x, plain"]
+    assert not seen
+    assert attention.add_memory(results, time.monotonic() + 10) == []
+    assert seen == ["cope_xla", "plain"]
+    assert [row.get("peak_gib") for row in rows.values()] == [1.5, 1.5, 1.5, None]
 
 
 @pytest.mark.slow
