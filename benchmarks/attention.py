@@ -3,298 +3,192 @@
     python benchmarks/attention.py                                  T = 4096 on the device JAX finds
     python benchmarks/attention.py --lengths 1024 4096 --rounds 7
     python benchmarks/attention.py --lengths 16384 --contenders cope_xla --output long.json
+    python benchmarks/attention.py --suite gpu --output h200.json   under 9 minutes
+    python benchmarks/attention.py --docs h200.json                 results into docs/performance.md
 
 All contenders take turns in one process, so a machine that slows down slows all of them; each runs
-once untimed and once timed in its turn, and times are medians. Before any time is taken every
-contender is checked against the reference on a small problem. Peak memory is that of a process of
-its own for each contender, minus what the process had before: resident memory on a CPU, the
-allocator's peak elsewhere. PyTorch, if it is installed, runs the paper's dense form on the same
-data (on the CPU, or on the GPU that it finds).
+once untimed and then timed in its turn, and times are medians of the rounds. On an accelerator a
+time is that of many launches in a row, with one wait at the end, by their number. Before any time
+is taken every contender is checked against the reference on a short problem; what is wrong is not
+timed. Peak memory is that of a process of its own for each contender, minus what the process had
+before: resident memory on a CPU, the allocator's peak elsewhere. While JAX and PyTorch share a GPU
+each may take half of its memory. PyTorch, if it is installed, runs the paper's dense form on the
+same data (on the CPU, or on the GPU that it finds), eagerly and compiled.
 """
 
 import dataclasses
-import gc
-import importlib.util
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+# Before the first import of JAX: PyTorch uses the same GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+
 import tyro
+from attention_contenders import CONTENDERS, PASSES, available
+from attention_problem import Problem, Settings, arrays_of, problems, unsaturated, with_suite
+from attention_report import show, write_docs
+from attention_timing import NO_TIME, Entry, check, is_memory, rows_of
 from machine import environment, peak_bytes
 from rich.console import Console
-from rich.table import Table
 
-from posjax import ContextualBias, dot_product_attention
-
-PASSES = ("forward", "forward and backward")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Sizes of the problem and what to measure."""
-
-    lengths: tuple[int, ...] = (4096,)
-    """Sequence lengths T."""
-    batch: int = 1
-    heads: int = 4
-    kv_heads: int = 4
-    head_size: int = 64
-    positions: int = 64
-    """P, rows of the table."""
-    gate: float = 0.5
-    """Value of a gate at a logit of 0."""
-    dtype: str = "float32"
-    rounds: int = 5
-    """How often each contender runs; the median counts."""
-    contenders: tuple[str, ...] = ()
-    """Which to run; none means all that can run here."""
-    memory: bool = True
-    """Measure peak memory too, in a process for each contender."""
-    output: str | None = None
-    """Write everything to this JSON file."""
-    memory_of: str | None = None
-    """Internal: run one contender once and print its peak memory."""
+# Sizes of blocks whose share that counts is told: those of the TPU kernels or of two warpgroups,
+# and those of one warpgroup.
+BLOCKS = (128, 64)
+_FULL = "out of memory"
+# What a process that measures memory may take.
+MEMORY_SECONDS = 120.0
 
 
-def problem(settings: Settings, length: int) -> dict[str, np.ndarray]:
-    """Query, key, value, table and the gates' bias."""
-    random = np.random.default_rng(0)
-    shape = (settings.batch, length, settings.heads, settings.head_size)
-    kv_shape = (settings.batch, length, settings.kv_heads, settings.head_size)
-    made = {
-        "query": shape,
-        "key": kv_shape,
-        "value": kv_shape,
-        "table": (settings.positions, settings.head_size),
+def measured(
+    settings: Settings, problem: Problem, deadline: float, console: Console, known: dict
+) -> dict:
+    """Everything about one problem but memory; contenders that are wrong are not timed."""
+    names, missing = available(settings, problem)
+    wrong = check(settings, problem, names, known)
+    for name, reason in wrong.items():
+        console.print(f"{name} is not timed: {reason}", markup=False, style="red")
+    arrays = arrays_of(problem)
+    shares = {
+        str(gate): {str(size): unsaturated(problem, arrays, gate, size) for size in BLOCKS}
+        for gate in settings.gate
     }
-    arrays = {name: random.standard_normal(size, np.float32) for name, size in made.items()}
-    arrays["table"] *= 0.1
-    return arrays
+    rows = rows_of(settings, problem, [n for n in names if n not in wrong], deadline)
+    found = {"problem": dataclasses.asdict(problem), "unsaturated": shares, "rows": rows}
+    return found | {"wrong": wrong, "missing": missing}
 
 
-def gate_bias(settings: Settings) -> float:
-    """The logit of `gate`."""
-    return float(np.log(settings.gate / (1 - settings.gate)))
-
-
-# --- contenders: settings and arrays -> for each pass a function without arguments that waits for
-# its result ------
-
-
-def _jax_passes(
-    settings: Settings, arrays: dict, implementation: str | None, contextual: bool
-) -> dict[str, Callable]:
-    inputs = {
-        n: jnp.asarray(x, settings.dtype if n != "table" else jnp.float32)
-        for n, x in arrays.items()
-    }
-    bias = jnp.float32(gate_bias(settings))
-
-    def attend(inputs):
-        described = ContextualBias(inputs["table"], gate_bias=bias) if contextual else None
-        q, k, v = inputs["query"], inputs["key"], inputs["value"]
-        return dot_product_attention(
-            q, k, v, described, is_causal=True, implementation=implementation
+def peak_memory(problem: Problem, entry: Entry, seconds: float) -> float | str:
+    """GiB that forward and backward add to a process of their own, or why there is no number."""
+    words = [sys.executable, __file__, "--memory-of", entry.contender]
+    words += ["--gate", str(entry.gate), "--lengths", str(problem.length)]
+    for field in ("batch", "heads", "kv_heads", "head_size", "positions", "dtype"):
+        words += [f"--{field.replace('_', '-')}", str(getattr(problem, field))]
+    alone = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=seconds, env=alone
         )
-
-    forward = jax.jit(attend)
-    backward = jax.jit(jax.grad(lambda inputs: jnp.sum(attend(inputs).astype(jnp.float32) ** 2)))
-    run = lambda function: lambda: jax.block_until_ready(function(inputs))  # noqa: E731
-    return dict(zip(PASSES, (run(forward), run(backward)), strict=True))
-
-
-def _torch_passes(settings: Settings, arrays: dict) -> dict[str, Callable]:
-    """The formula of the paper's Appendix B in eager PyTorch, on [T, T] matrices."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, settings.dtype)
-    q, k, v = (
-        torch.tensor(arrays[n], dtype=dtype, device=device)
-        .transpose(1, 2)
-        .contiguous()
-        .requires_grad_()
-        for n in ("query", "key", "value")
-    )
-    table = torch.tensor(arrays["table"], dtype=dtype, device=device, requires_grad=True)
-    length, groups, bias = q.shape[2], settings.heads // settings.kv_heads, gate_bias(settings)
-    future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-
-    def attend():
-        keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        logits = (q @ keys.transpose(-1, -2) * settings.head_size**-0.5).masked_fill(
-            future, float("-inf")
-        )
-        count = (
-            torch.sigmoid(logits + bias)
-            .flip(-1)
-            .cumsum(-1)
-            .flip(-1)
-            .clamp(max=settings.positions - 1)
-        )
-        lower, upper = count.floor().long(), count.ceil().long()
-        z = q @ table.T
-        fraction = count - lower
-        logits = logits + z.gather(-1, upper) * fraction + z.gather(-1, lower) * (1 - fraction)
-        return (logits.softmax(-1) @ values).transpose(1, 2)
-
-    def wait(result):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    def forward():
-        with torch.no_grad():
-            return wait(attend()).float().cpu().numpy()
-
-    def backward():
-        grads = torch.autograd.grad(attend().float().square().sum(), (q, k, v, table))
-        names = ("query", "key", "value", "table")
-        transposed = [g.transpose(1, 2) if g.ndim == 4 else g for g in wait(grads)]
-        return {n: g.float().cpu().numpy() for n, g in zip(names, transposed, strict=True)}
-
-    return dict(zip(PASSES, (forward, backward), strict=True))
-
-
-CONTENDERS: dict[str, tuple[str, Callable[[Settings, dict], dict[str, Callable]]]] = {
-    "plain": (
-        "jax.nn attention, no encoding (dense on CPU)",
-        lambda s, a: _jax_passes(s, a, None, False),
-    ),
-    "plain_xla": ("posjax blockwise, no encoding", lambda s, a: _jax_passes(s, a, "xla", False)),
-    "cope_reference": ("posjax CoPE, dense", lambda s, a: _jax_passes(s, a, "reference", True)),
-    "cope_xla": ("posjax CoPE, blockwise", lambda s, a: _jax_passes(s, a, "xla", True)),
-    "cope_torch": ("paper's CoPE, dense PyTorch", _torch_passes),
-}
-
-
-def available(settings: Settings) -> list[str]:
-    """The contenders that were asked for, and that can run here."""
-    unknown = [name for name in settings.contenders if name not in CONTENDERS]
-    if unknown:
-        raise SystemExit(f"unknown contender {unknown[0]!r}; known are {', '.join(CONTENDERS)}")
-    names = list(settings.contenders or CONTENDERS)
-    return [n for n in names if n != "cope_torch" or importlib.util.find_spec("torch") is not None]
-
-
-def check(settings: Settings, names: list[str]) -> None:
-    """Stops unless every CoPE gives the reference's values and gradients at T = 200."""
-    small = dataclasses.replace(settings, dtype="float32")
-    arrays = problem(small, 200)
-    want = {p: run() for p, run in CONTENDERS["cope_reference"][1](small, arrays).items()}
-    for name in names:
-        if not name.startswith("cope"):
-            continue
-        for step, run in CONTENDERS[name][1](small, arrays).items():
-            for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(want[step]), strict=True):
-                error = float(np.max(np.abs(np.asarray(a) - np.asarray(b))))
-                limit = 1e-5 if step == "forward" else 1e-4 * max(1.0, float(np.max(np.abs(b))))
-                if error > limit:
-                    raise SystemExit(
-                        f"{name} is wrong: {step} differs by {error:.1e} > {limit:.0e}; "
-                        "nothing is timed"
-                    )
-
-
-def times(settings: Settings, length: int, names: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every round, by contender and pass; the contenders take turns."""
-    arrays = problem(settings, length)
-    passes = {name: CONTENDERS[name][1](settings, arrays) for name in names}
-    seconds = {name: {step: [] for step in PASSES} for name in names}
-    for _ in range(settings.rounds):
-        for step in PASSES:
-            for name in names:
-                gc.collect()
-                passes[name][step]()  # after the others: caches and pages are this one's again
-                start = time.perf_counter()
-                passes[name][step]()
-                seconds[name][step].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_memory(settings: Settings, length: int, name: str) -> float | None:
-    """GiB that forward and backward add to a process of their own; None where it died."""
-    words = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        name,
-        "--lengths",
-        str(length),
-        "--dtype",
-        settings.dtype,
-    ]
-    for field in ("batch", "heads", "kv_heads", "head_size", "positions", "gate"):
-        words += [f"--{field.replace('_', '-')}", str(getattr(settings, field))]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        return NO_TIME
+    if done.returncode == 0:
+        return float(done.stdout.split()[-1])
+    killed = done.returncode < 0  # by the system, when a computer's memory is full
+    return _FULL if killed or is_memory(RuntimeError(done.stderr)) else "failed"
 
 
 def print_memory(settings: Settings) -> None:
     """What `peak_memory` reads: runs one contender once."""
-    run = CONTENDERS[settings.memory_of][1](settings, problem(settings, settings.lengths[0]))[
-        PASSES[1]
-    ]
+    (problem,) = problems(settings)
+    passes = CONTENDERS[settings.memory_of].make(problem, arrays_of(problem), settings.gate)
     before = peak_bytes()
-    run()
+    passes.prepare()
+    passes.wait(passes.launch[PASSES[1], settings.gate[0]]())
     print((peak_bytes() - before) / 2**30)
 
 
-def show(console: Console, length: int, rows: dict[str, dict]) -> None:
-    """One table for one length; ratios are to `cope_xla`."""
-    table = Table(title=f"T = {length}", title_justify="left")
-    for heading in ("", *(f"{p}, s (x cope_xla)" for p in PASSES), "peak GiB"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, row in rows.items():
-        cells = []
-        for step in PASSES:
-            median = row["median_seconds"][step]
-            base = rows.get("cope_xla", {}).get("median_seconds", {}).get(step)
-            ratio = f" ({median / base:.2f})" if base else ""
-            low, high = min(row["seconds"][step]), max(row["seconds"][step])
-            cells.append(f"{median:.3f} [{low:.3f}, {high:.3f}]{ratio}")
-        memory = row["peak_gib"]
-        table.add_row(CONTENDERS[name][0], *cells, "n/a" if memory is None else f"{memory:.2f}")
-    console.print(table)
+def add_memory(results: dict, deadline: float) -> list[str]:
+    """Peak memory of every row, the first problem first; contenders for which no time was left."""
+    known = {}
+    for name, result in results.items():
+        problem = Problem(**result["problem"])
+        for row in result["rows"].values():
+            known_before = row.get("peak_gib", NO_TIME) != NO_TIME
+            if known_before or row["failed"].get(PASSES[1], _FULL) != _FULL:
+                continue
+            # Memory does not depend on the gates.
+            place = name, row["contender"]
+            seconds = min(MEMORY_SECONDS, deadline - time.monotonic())
+            if place not in known and seconds > 0:
+                known[place] = peak_memory(problem, Entry(*place[1:], row["gate"]), seconds)
+            row["peak_gib"] = known.setdefault(place, NO_TIME)
+    return [f"memory of {', '.join(place)}" for place, peak in known.items() if peak == NO_TIME]
 
 
-def main(settings: Settings) -> None:
-    """Checks, measures, prints and writes."""
-    if settings.memory_of:
-        print_memory(settings)
-        return
-    console, names, results = Console(width=150), available(settings), {}
-    check(settings, names)
-    for length in settings.lengths:
-        seconds = times(settings, length, names)
-        results[length] = {
-            name: {
-                "seconds": seconds[name],
-                "median_seconds": {step: float(np.median(s)) for step, s in seconds[name].items()},
-                "peak_gib": peak_memory(settings, length, name) if settings.memory else None,
-            }
-            for name in names
-        }
-        show(console, length, results[length])
-    missing = set(settings.contenders or CONTENDERS) - set(names)
-    if missing:
-        console.print(f"not run, torch is not installed: {', '.join(missing)}")
+def earlier(settings: Settings, content: dict) -> dict:
+    """Results of an earlier run with the same settings on the same device, to go on with."""
+    if settings.output is None or settings.budget is None or not Path(settings.output).exists():
+        return {}
+    before = json.loads(Path(settings.output).read_text())
+    free = ("budget", "output", "docs")
+    kept = ({k: v for k, v in x["settings"].items() if k not in free} for x in (before, content))
+    same = all(before.get(name) == content[name] for name in ("device", "jax"))
+    if not same or next(kept) != next(kept):
+        return {}
+    finished = lambda row: NO_TIME not in row["failed"].values()  # noqa: E731
+    results = before["results"].items()
+    return {name: x for name, x in results if all(map(finished, x["rows"].values()))}
+
+
+def untimed(rows: dict) -> bool:
+    """Whether there was no time for any of them."""
+    return any(NO_TIME in row["failed"].values() for row in rows.values()) and not any(
+        row["seconds"] for row in rows.values()
+    )
+
+
+def run(settings: Settings) -> bool:
+    """Checks, measures, prints and writes; whether all that ran was right."""
+    start, console = time.monotonic(), Console(width=150)
+    deadline = start + (settings.budget or float("inf"))
+    # A quarter of the time is left for memory.
+    timed_until = deadline - (settings.budget or 0) * 0.25 * settings.memory
+    command = "python benchmarks/attention.py " + shlex.join(sys.argv[1:])
+    settings_json = json.loads(json.dumps(dataclasses.asdict(settings)))
+    content = {"command": command, **environment(), "settings": settings_json, "missing": {}}
+    content |= {"left_out": [], "results": {}}
+    results = content["results"] = earlier(settings, content)
+    longest, known = 0.0, {}  # of problems so far
+    for problem in problems(settings):
+        content["missing"] |= available(settings, problem)[1]
+        if problem.name in results:
+            continue
+        began = time.monotonic()
+        if began + 0.7 * longest > timed_until:
+            content["left_out"].append(problem.name)
+            continue
+        found = measured(settings, problem, timed_until, console, known)
+        if untimed(found["rows"]):
+            content["left_out"].append(problem.name)
+            continue
+        results[problem.name] = found
+        longest = max(longest, time.monotonic() - began)
+        write(settings, content)
+        show(console, problem.name, results[problem.name], settings.base)
+    if settings.memory:
+        content["left_out"] += add_memory(results, deadline)
+        for name, result in results.items():
+            if any(type(row.get("peak_gib")) is float for row in result["rows"].values()):
+                show(console, name, result, settings.base)
+    for name, reason in content["missing"].items():
+        console.print(f"not run: {name}: {reason}", markup=False)
+    for name in content["left_out"]:
+        console.print(f"left out, the budget is spent: {name}", markup=False)
+    write(settings, content)
+    return not any(result["wrong"] for result in results.values())
+
+
+def write(settings: Settings, content: dict) -> None:
+    """Everything so far as JSON."""
     if settings.output:
-        command = "python benchmarks/attention.py " + " ".join(sys.argv[1:])
-        content = {
-            "command": command,
-            **environment(),
-            "settings": dataclasses.asdict(settings),
-            "results": results,
-        }
         Path(settings.output).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def main(settings: Settings) -> None:
+    """What was asked for."""
+    settings = with_suite(settings)
+    if settings.memory_of:
+        print_memory(settings)
+    elif settings.docs:
+        write_docs(Path(settings.docs))
+    elif not run(settings):
+        raise SystemExit("Some contenders were wrong and not timed; see above.")
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main(tyro.cli(Settings, description=__doc__))

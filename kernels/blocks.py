@@ -4,6 +4,8 @@ import dataclasses
 
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.kernels.gpu_table import FASTEST
+
 __all__ = [
     "Blocks",
     "GpuBlocks",
@@ -31,7 +33,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class GpuBlocks:
-    """Sizes and choices for `kernels.gpu`; which are fastest only a GPU can tell.
+    """Sizes and choices for `kernels.gpu`; benchmarks/tune_gpu.py tries them on a GPU.
 
     Args:
         key: keys that are fetched at a time.
@@ -133,16 +135,14 @@ def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
 
 
 def gpu_sizes(size: int, positions: int, own_gate_key: bool) -> GpuBlocks:
-    """Sizes for `kernels.gpu`: of what fits, those with fewest instructions.
+    """Sizes for `kernels.gpu` from `kernels.gpu_table`, which says where they come from.
 
-    Chosen by machine code (benchmarks/gpu_code.py), not by a run.
+    Args:
+        size: of heads, up to 128.
+        positions: rows of the table; 0: no contextual bias.
     """
-    large = positions > 64
-    if size <= 64:
-        return GpuBlocks(count=128, packed=large)
-    if own_gate_key:
-        return GpuBlocks(key=64, stages=2)
-    return GpuBlocks(key=64, stages=3) if large else GpuBlocks()
+    most = 0 if positions == 0 else 64 if positions <= 64 else 128
+    return GpuBlocks(**FASTEST[64 if size <= 64 else 128, most, own_gate_key and positions > 0])
 
 
 def tpu_generation() -> int | None:

@@ -103,6 +103,13 @@ def installed(distribution: str) -> bool:
     return True
 
 
+def has_hopper() -> bool:
+    """Whether JAX runs on a GPU that the GPU kernels are for."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(jax.devices()[0].compute_capability).startswith("9.")
+
+
 def pytest_report_header(config):
     """Says at the top which versions run."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
@@ -117,6 +124,9 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("not tested: optional packages are missing")
         for name, what in missing.items():
             terminalreporter.line(f"{name}: {what}")
+    if not has_hopper():
+        terminalreporter.section("not tested: JAX sees no Hopper GPU")
+        terminalreporter.line("the GPU kernels on their device (tests/kernels/test_gpu_device.py)")
     if jax.__version_info__ < (0, 11, 2):
         terminalreporter.section("not tested: jax is too old")
         terminalreporter.line("numerics of the GPU kernels: their interpreter came with jax 0.11.2")

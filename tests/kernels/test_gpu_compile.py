@@ -3,6 +3,8 @@
 No numbers come of it; those are in `test_gpu.py`. `test_gpu_code.py` compiles heads of 128.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,9 +12,11 @@ import pytest
 import posjax
 from posjax.encodings import CoPE
 from posjax.kernels.blocks import GpuBlocks
+from posjax.kernels.gpu.tables import table_words
 from posjax.models import TransformerConfig
 from tests import aot
 from tests.cases import linear
+from tests.kernels import gpu_steps
 from tests.steps import compiled_step
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -47,6 +51,23 @@ def arguments(
         bias = distance if bias is None else posjax.BiasSum((bias, distance))
     segments = jax.ShapeDtypeStruct((2, length), jnp.int32) if own_gate_key else None
     return array(4), array(2), array(2), bias, segments
+
+
+def test_single_steps_compile():
+    """Those that only a GPU runs, in `test_gpu_device.py`."""
+    topology = aot.h200_topology()
+    array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    square = array(gpu_steps.ROWS, gpu_steps.KEYS)
+    lower = array(128, 128, dtype="float16")
+    with aot.described(topology):
+        for paired in (False, True):
+            step = functools.partial(gpu_steps.inverses, paired=paired)
+            assert aot.compiled(step, topology, square)
+        assert aot.compiled(gpu_steps.sums, topology, square, lower, square)
+        for packed in (False, True):
+            step = functools.partial(gpu_steps.looked_up, packed=packed)
+            table = array(gpu_steps.ROWS, table_words(64, packed))
+            assert aot.compiled(step, topology, table, square)
 
 
 @pytest.mark.slow
