@@ -219,6 +219,7 @@ def _pair(
     ring.wait(ring.names, 2 * index)
     ring.wait(ring.names, 2 * index + 1)
     if counts:
+        walk = _apart(walk)
         left.save("prefixes", walk.left, index)
     for number, tile in enumerate((left, right)):
         walk = _half(tile, rows, walk, number * HALF, counts=counts, masked=masked)
@@ -226,6 +227,16 @@ def _pair(
     if queries.plan.trained:
         bands.send(queries, index)
     return walk
+
+
+def _apart(walk: Walk) -> Walk:
+    """The same sums in registers of their own.
+
+    ptxas makes all matrix instructions wait for each other (its message C7511) where accumulators
+    begin in a register that a loop carries on. Adding 0 is a copy that no compiler leaves out.
+    """
+    names = ("left", "total", "moment")
+    return walk._replace(**{name: getattr(walk, name) + 0.0 for name in names})
 
 
 def _half(tile: Tile, rows: Rows, walk: Walk, start: int, *, counts: bool, masked: bool) -> Walk:
@@ -261,6 +272,7 @@ def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tup
     moments = scan(tile, dlogits * counted.values.fraction, walk.moment)
     store_crossings(
         tile.operands["slots"],
+        tile.operands["tables"],
         counted.places,
         counted.gates,
         totals,
@@ -269,6 +281,5 @@ def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tup
         gate_unit=contextual.gate_unit,
         emulated=tile.plan.emulated,
     )
-    return column(totals, tile.size - 1, emulated=tile.plan.emulated), column(
-        moments, tile.size - 1, emulated=tile.plan.emulated
-    )
+    last = functools.partial(column, index=tile.size - 1, emulated=tile.plan.emulated)
+    return last(totals), last(moments)

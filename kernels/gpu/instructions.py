@@ -156,6 +156,7 @@ def table_values(
 
 def store_crossings(
     slots,
+    tables,
     place: Float[Array, "m n"],
     gate: Float[Array, "m n"],
     total: Float[Array, "m n"],
@@ -171,6 +172,8 @@ def store_crossings(
 
     Args:
         slots: [m, words] in shared memory, two words for each bin.
+        tables: those of `table_values`; where their entries lie as the slots do, addresses are at
+            hand.
         last: the place that greater ones are cut at.
     """
     following = place - gate.astype(jnp.float16).astype(jnp.float32) * gate_unit
@@ -178,19 +181,20 @@ def store_crossings(
         slots[...] = _crossed(slots[...], place, following, total, moment, last)
         return
 
-    @_per_register(place.shape, arrays=4)
-    def store(rows, row, places, followings, *sums):
-        entries = [_entry(rows, _least(element(places, n), last), row, 8) for n in range(2)]
+    @_per_register(place.shape, references=2, arrays=4)
+    def store(slots, known, row, places, followings, *sums):
+        entries = [_entry(known, _least(element(places, n), last), row, 8) for n in range(2)]
+        further = arith.subi(_start(slots), _start(known))
         # A key's right neighbour in the register is the one that follows; then comes another's.
         moved = arith.addf(element(followings, 1), arith.constant(ir.F32Type.get(), MAGIC))
         next_bins = entries[1][1], arith.bitcast(i32(), moved)
         code = "{.reg .pred p; setp.lt.s32 p, $0, $1; @p st.shared.v2.f32 [$2], {$3, $4};}"
         for n, ((pointer, bin_, _), next_bin) in enumerate(zip(entries, next_bins, strict=True)):
-            address = llvm.ptrtoint(i32(), pointer)
+            address = arith.addi(llvm.ptrtoint(i32(), pointer), further)
             operands = [next_bin, bin_, address, *(element(x, n) for x in sums)]
             llvm.inline_asm(None, operands, code, "r,r,r,f,f,~{memory}", has_side_effects=True)
 
-    store(slots, place, following, total, moment)
+    store(slots, tables if tables.shape == slots.shape else slots, place, following, total, moment)
 
 
 def _least(x: ir.Value, most: float) -> ir.Value:
@@ -241,8 +245,7 @@ def _look_up(rows, place: ir.Value, row: ir.Value, packed: bool) -> tuple[ir.Val
 def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, ...]:
     """Where the entry of a place is, of `size` bytes; its bin in bits; where in it the place is."""
     stride = ir.MemRefType(rows.type).shape[-1] * 4
-    start = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(rows))
-    start = arith.addi(start, whole(_wrapped(-size * _MAGIC_BITS)))
+    start = arith.addi(_start(rows), whole(_wrapped(-size * _MAGIC_BITS)))
     start = arith.addi(start, arith.muli(arith.index_cast(i32(), row), whole(stride)))
     magic = arith.constant(ir.F32Type.get(), MAGIC)
     moved = arith.addf(place, magic)
@@ -250,6 +253,10 @@ def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, .
     address = arith.addi(start, arith.muli(bin_, whole(size)))
     fraction = arith.subf(place, arith.subf(moved, magic))
     return shared_pointer(address), bin_, fraction
+
+
+def _start(rows) -> ir.Value:
+    return llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(rows))
 
 
 def i32() -> ir.Type:
@@ -305,17 +312,20 @@ def _per_element(
     return decorate
 
 
-def _per_register(shape: tuple[int, int], *, arrays: int) -> Callable[..., Callable[..., None]]:
-    """A decorator: a function of a reference, a row and its registers becomes one of arrays."""
+def _per_register(
+    shape: tuple[int, int], *, references: int, arrays: int
+) -> Callable[..., Callable[..., None]]:
+    """A decorator: a function of references, a row and its registers becomes one of arrays."""
     layout = plgpu.Layout.WGMMA
+    kinds = (*[plgpu.RefType()] * references, *[layout] * arrays)
 
     def decorate(function):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[layout] * arrays), return_type=None)
-        def run(ctx, reference, *operands):
+        @plgpu.inline_mgpu(arg_types=kinds, return_type=None)
+        def run(ctx, *operands):
             del ctx
-            first = operands[0]
-            for (row, _), at in _places(first):
-                function(reference, row, *(x.registers[at] for x in operands))
+            known, taken = operands[:references], operands[references:]
+            for (row, _), at in _places(taken[0]):
+                function(*known, row, *(x.registers[at] for x in taken))
 
         return run
 

@@ -62,7 +62,8 @@ def table_gradients(
 
     A bin's sums are those at its right end less those at the right end of the bin above it. A bin
     without a key has no slot written (NaN), and its right end is that of the bin above. The last
-    bin comes first and counts for nothing; the first one ends with the last key.
+    bin comes first and counts for nothing; the first one ends with the last key. What falls on the
+    last row of the table has no effect: z lacks it.
 
     Args:
         slots: for each bin, sums of dlogit and of dlogit f, up to its right end; f is a place less
