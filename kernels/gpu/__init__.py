@@ -1,4 +1,4 @@
-"""Attention with Contextual Position Encoding on GPUs (Hopper), in Pallas Mosaic GPU.
+"""Attention with Contextual Position Encoding and biases of the distance on GPUs (Hopper).
 
 | file             | what                                                                        |
 |------------------|-----------------------------------------------------------------------------|
@@ -13,5 +13,7 @@
 | tiles, gradients | what a tile of 64 queries and some keys computes                            |
 | instructions     | the steps that Pallas has no name for; emulated in the interpreter          |
 | reciprocals      | one reciprocal for two keys                                                 |
+| diagonals, bands | a bias of the distance: tiles' diagonals, their sums, its array             |
+| mlir             | numbers, registers and addresses as MLIR writes them                        |
 | layout           | shared memory, barriers, start of a kernel                                  |
 """

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from posjax.kernels.gpu.instructions import element, i32, shared_pointer, whole, with_element
+from posjax.kernels.gpu.mlir import address_of, element, i32, shared_pointer, whole, with_element
 from posjax.kernels.gpu.plan import ROWS
 from posjax.types import Array, Float, Int
 
@@ -46,7 +46,7 @@ def add_band(
         del ctx
         row, column = _first_pair(tile)
         words = arith.addi(arith.subi(column, row), whole(_LAST))
-        start = arith.addi(_address(numbers), arith.muli(words, whole(4)))
+        start = arith.addi(address_of(numbers), arith.muli(words, whole(4)))
         f32, found = ir.F32Type.get(), np.empty_like(tile.registers)
         unit = arith.constant(f32, factor)
         for at, down, right in _registers(tile):
@@ -83,7 +83,7 @@ def collect(sums, x: Float[Array, "64 n"], *, start: int, emulated: bool) -> Non
             arith.muli(arith.shrui(row, whole(4)), whole(8)), arith.andi(row, whole(7))
         )
         words = arith.addi(arith.muli(room, whole(WIDTH)), arith.subi(column, row))
-        base = arith.addi(_address(rooms), arith.muli(words, whole(4)))
+        base = arith.addi(address_of(rooms), arith.muli(words, whole(4)))
         totals: dict[int, ir.Value] = {}
         for at, down, right in _registers(tile):
             for n in range(2):
@@ -114,10 +114,6 @@ def _collected(sums: Array, x: Array, start: int) -> Array:
     total = jnp.sum(jnp.where(inside, picked, 0.0), axis=0, keepdims=True)
     first = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0) == 0
     return jnp.where(first, total, 0.0) + (sums if start else jnp.zeros_like(sums))
-
-
-def _address(numbers) -> ir.Value:
-    return llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(numbers))
 
 
 def _first_pair(tile) -> tuple[ir.Value, ir.Value]:

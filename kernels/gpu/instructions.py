@@ -14,28 +14,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
 from posjax.kernels.bits import as_float, as_int
+from posjax.kernels.gpu.mlir import (
+    address_of,
+    element,
+    i32,
+    shared_pointer,
+    whole,
+    with_element,
+    wrapped,
+)
 from posjax.types import Array, Float, Num
 
 __all__ = [
     "MAGIC",
     "ROW_PADDING",
     "column",
-    "element",
-    "i32",
     "load",
     "multiply_into",
     "multiply_transposed_into",
     "products",
     "products_into",
     "reciprocal",
-    "shared_pointer",
     "store_crossings",
     "table_values",
-    "whole",
-    "with_element",
 ]
 
 # Adding it to a number of less than 2^22 leaves the nearest whole number in the last bits.
@@ -43,8 +47,6 @@ MAGIC = 1.5 * 2.0**23
 _MAGIC_BITS = 0x4B400000
 # Words between the rows of a table beyond its length: rows in step then lie in different banks.
 ROW_PADDING = 4
-# mlir: shared memory.
-_SHARED = 3
 
 
 def load(ref, layout) -> Array:
@@ -184,7 +186,7 @@ def store_crossings(
     @_per_register(place.shape, references=2, arrays=4)
     def store(slots, known, row, places, followings, *sums):
         entries = [_entry(known, _least(element(places, n), last), row, 8) for n in range(2)]
-        further = arith.subi(_start(slots), _start(known))
+        further = arith.subi(address_of(slots), address_of(known))
         # A key's right neighbour in the register is the one that follows; then comes another's.
         moved = arith.addf(element(followings, 1), arith.constant(ir.F32Type.get(), MAGIC))
         next_bins = entries[1][1], arith.bitcast(i32(), moved)
@@ -245,7 +247,7 @@ def _look_up(rows, place: ir.Value, row: ir.Value, packed: bool) -> tuple[ir.Val
 def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, ...]:
     """Where the entry of a place is, of `size` bytes; its bin in bits; where in it the place is."""
     stride = ir.MemRefType(rows.type).shape[-1] * 4
-    start = arith.addi(_start(rows), whole(_wrapped(-size * _MAGIC_BITS)))
+    start = arith.addi(address_of(rows), whole(wrapped(-size * _MAGIC_BITS)))
     start = arith.addi(start, arith.muli(arith.index_cast(i32(), row), whole(stride)))
     magic = arith.constant(ir.F32Type.get(), MAGIC)
     moved = arith.addf(place, magic)
@@ -253,41 +255,6 @@ def _entry(rows, place: ir.Value, row: ir.Value, size: int) -> tuple[ir.Value, .
     address = arith.addi(start, arith.muli(bin_, whole(size)))
     fraction = arith.subf(place, arith.subf(moved, magic))
     return shared_pointer(address), bin_, fraction
-
-
-def _start(rows) -> ir.Value:
-    return llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(rows))
-
-
-def i32() -> ir.Type:
-    """Whole numbers of 32 bits."""
-    return ir.IntegerType.get_signless(32)
-
-
-def whole(n: int) -> ir.Value:
-    """A constant."""
-    return arith.constant(i32(), n)
-
-
-def _wrapped(n: int) -> int:
-    """As a signed number of 32 bits."""
-    return (n + 2**31) % 2**32 - 2**31
-
-
-def shared_pointer(address: ir.Value) -> ir.Value:
-    """Into shared memory, from its address."""
-    return llvm.inttoptr(llvm.PointerType.get(_SHARED), address)
-
-
-def element(x: ir.Value, n: int) -> ir.Value:
-    """Number `n` of a register."""
-    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([n]))
-
-
-def with_element(x: ir.Value, value: ir.Value, n: int) -> ir.Value:
-    """A register with another number `n`."""
-    place = ir.DenseI64ArrayAttr.get([n])
-    return vector.insert(value, x, dynamic_position=[], static_position=place)
 
 
 def _per_element(

@@ -5,8 +5,9 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
+from posjax.kernels.gpu.mlir import element, with_element
 from posjax.types import Array, Float
 
 __all__ = ["paired_reciprocal"]
@@ -44,10 +45,8 @@ def _machine_form(shape: tuple[int, int]):
 
 def _of_pair(pair: ir.Value) -> ir.Value:
     """Of a vector of two."""
-    kind, places = pair.type.element_type, [ir.DenseI64ArrayAttr.get([n]) for n in range(2)]
-    a, b = (vector.extract(pair, dynamic_position=[], static_position=at) for at in places)
-    once = llvm.inline_asm(kind, [arith.mulf(a, b)], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
-    for value, at in zip((b, a), places, strict=True):
-        inverse = arith.mulf(value, once)
-        pair = vector.insert(inverse, pair, dynamic_position=[], static_position=at)
+    a, b = (element(pair, n) for n in range(2))
+    once = llvm.inline_asm(a.type, [arith.mulf(a, b)], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
+    for n, other in enumerate((b, a)):
+        pair = with_element(pair, arith.mulf(other, once), n)
     return pair

@@ -91,7 +91,7 @@ CASES = {
         # All distances of one segment would be great, and softmax sees but their differences.
         "offset": False,
     },
-    "count and distance": {"bias": "cope + relative", "keys": 300, "batch": 2},
+    "count and distance": {"bias": "cope + relative", "keys": 300},
     "no bias": {"bias": "none", "heads": 4, "kv_heads": 2, "segments": True, "batch": 2},
 }
 
@@ -165,7 +165,7 @@ def test_choices_of_blocks(blocks, changes, interpreter, monkeypatch):
     case = dataclasses.replace(CASE, **changes)
     inputs, params = problem(case)
     want, spread = exactly(case, inputs, params)
-    if blocks.paired:
+    if blocks.paired and not blocks.ping_pong:
         assert_near(run_with_gradients(case, inputs, params, "gpu"), want, spread)
     else:
         assert_near(run(case, inputs, params, "gpu"), want[0])
@@ -208,7 +208,7 @@ def test_wrong_blocks(wrong, words):
 
 @needs_interpreter
 def test_same_bits_twice(interpreter):
-    case = dataclasses.replace(CASE, bias="cope + relative", keys=128, offset=False, queries=128)
+    case = dataclasses.replace(CASE, bias="cope + relative", heads=1, keys=128, offset=False)
     compute = with_gradients(case, "gpu")
     first, second = (compute(*problem(case)) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
@@ -218,7 +218,7 @@ def test_same_bits_twice(interpreter):
 @pytest.mark.slow
 def test_vmap_over_a_batch(interpreter):
     """`jax.checkpoint` and meshes, not for this interpreter, are in `test_gpu_compile.py`."""
-    case = dataclasses.replace(CASE, queries=128, keys=128, offset=False)
+    case = dataclasses.replace(CASE, heads=1, queries=64, keys=64, offset=False)
     problems, params = [arrays(case, seed)[0] for seed in range(2)], problem(case)[1]
     loss = lambda inputs: jnp.sum(run(case, inputs, params, "gpu").astype(jnp.float32) ** 2)  # noqa: E731
     gradient = jax.grad(loss)

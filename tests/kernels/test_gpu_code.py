@@ -37,3 +37,4 @@ def test_loops_have_no_more_instructions(tmp_path):
     for loop, counts in found.items():
         for what in ("instructions", "spills"):
             assert counts[what] <= known[loop][what] * NEAR, (loop, what)
+        assert not counts["serial"], f"matrix instructions of {loop} wait for each other"
