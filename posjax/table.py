@@ -25,7 +25,7 @@ from posjax.types import Array, Int
 __all__ = ["Row", "main", "markdown", "rows"]
 
 # The model whose parameters are counted.
-MODEL = TransformerConfig(layers=4, heads=4, width=256)
+MODEL = TransformerConfig(layers=4, heads=4, width=256, implementation="reference")
 _IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 _LENGTH = 16
 

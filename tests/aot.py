@@ -58,4 +58,5 @@ def compiled(function, topology: topologies.TopologyDescription, *arguments) -> 
     described = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
     )
-    return jax.jit(function).lower(*described).compile()
+    # Another function each time: what was traced for another setting of the kernels is not reused.
+    return jax.jit(lambda *x: function(*x)).lower(*described).compile()

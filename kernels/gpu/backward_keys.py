@@ -25,7 +25,14 @@ from posjax.kernels.gpu.gradients import (
     unit,
 )
 from posjax.kernels.gpu.instructions import multiply_transposed_into
-from posjax.kernels.gpu.layout import Refs, launch, matrix, share_registers, with_barriers
+from posjax.kernels.gpu.layout import (
+    Refs,
+    fits,
+    launch,
+    matrix,
+    share_registers,
+    with_barriers,
+)
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import Place, Tile, gate_bias
 from posjax.kernels.gpu.walk import Ring, band_of, copy_own, own_span, union
@@ -59,8 +66,7 @@ def key_gradients(
         f"{name}_gradient": jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype)
         for name in wanted
     }
-    few = plan.contextual is None or plan.contextual.positions <= 64
-    groups = GROUPS if few and keys % (KEYS * GROUPS) == 0 else 1
+    groups = _groups(plan, inputs, wanted)
     return launch(
         functools.partial(_kernel, plan, of_queries, of_keys, groups, wanted),
         inputs,
@@ -70,6 +76,13 @@ def key_gradients(
         name=f"posjax_attention_backward_{wanted[0]}s",
         groups=groups,
     )
+
+
+def _groups(plan: Plan, inputs: dict[str, Array], wanted: tuple[str, ...]) -> int:
+    """Warpgroups that compute: large tables, and gate keys of 128, have no room for two."""
+    few = plan.contextual is None or plan.contextual.positions <= 64
+    even = inputs["key"].shape[1] % (KEYS * GROUPS) == 0
+    return GROUPS if few and even and fits(_scratch(plan, GROUPS, inputs, wanted)) else 1
 
 
 def _own(plan: Plan) -> list[str]:

@@ -32,7 +32,15 @@ from posjax.kernels.gpu.gradients import (
     unit,
 )
 from posjax.kernels.gpu.instructions import column, multiply_into, store_crossings
-from posjax.kernels.gpu.layout import Refs, launch, matrix, per_row, share_registers, with_barriers
+from posjax.kernels.gpu.layout import (
+    Refs,
+    fits,
+    launch,
+    matrix,
+    per_row,
+    share_registers,
+    with_barriers,
+)
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
 from posjax.kernels.gpu.tiles import Place, Tile, gate_bias
 from posjax.kernels.gpu.walk import (
@@ -53,6 +61,7 @@ __all__ = ["query_gradients"]
 _SWIZZLE = 2 * HALF
 # Before every block of keys.
 _NOWHERE = -1
+_STAGES = (4, 3, 2, 1)
 
 
 class Walk(NamedTuple):
@@ -89,12 +98,14 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
         shape = bands.gradient_shape(inputs)
         outputs["bands_gradient"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     groups = _groups(plan)
+    # Halves in shared memory: as many as there is room for.
+    scratches = (_scratch(plan, groups, stages, inputs) for stages in _STAGES)
     return launch(
         functools.partial(_kernel, plan, ranges, groups),
         inputs,
         outputs,
         grid={"head": heads, "tile": length // (ROWS * groups), "batch": batch},
-        scratch=_scratch(plan, groups, inputs),
+        scratch=next(filter(fits, scratches)),
         name="posjax_attention_backward_queries",
         groups=groups,
     )
@@ -107,7 +118,7 @@ def _groups(plan: Plan) -> int:
     return 1 if plan.contextual.positions > 64 or plan.trained else GROUPS
 
 
-def _scratch(plan: Plan, groups: int, inputs: dict[str, Array]) -> dict:
+def _scratch(plan: Plan, groups: int, stages: int, inputs: dict[str, Array]) -> dict:
     dtype, size = inputs["query"].dtype, inputs["query"].shape[3]
     operand = functools.partial(matrix, swizzle=_SWIZZLE)
     own = dict.fromkeys(("query", "cotangent"), operand((groups, ROWS, size), dtype))
@@ -117,16 +128,11 @@ def _scratch(plan: Plan, groups: int, inputs: dict[str, Array]) -> dict:
         own |= {n: plgpu.SMEM((groups, ROWS, words), jnp.float32) for n, words in shapes.items()}
         constants["lower"] = operand((HALF, HALF), jnp.float16)
         constants["upper"] = operand((HALF, HALF), jnp.bfloat16)
-    passing = dict.fromkeys(fetched(plan), operand((_stages(size), HALF, size), dtype))
+    passing = dict.fromkeys(fetched(plan), operand((stages, HALF, size), dtype))
     if plan.relative:
-        passing["bands"] = plgpu.SMEM((_stages(size), groups * ROWS + HALF), jnp.float32)
+        passing["bands"] = plgpu.SMEM((stages, groups * ROWS + HALF), jnp.float32)
     scratch = with_barriers(own=own, constants=constants, passing=passing, groups=groups)
     return scratch | (bands.scratch_shapes(groups) if plan.trained else {})
-
-
-def _stages(size: int) -> int:
-    """Halves in shared memory, as many as there is room for."""
-    return 3 if size > 64 else 4
 
 
 def _kernel(plan: Plan, ranges: Ranges, groups: int, refs: Refs, scratch: Refs) -> None:
@@ -138,7 +144,7 @@ def _kernel(plan: Plan, ranges: Ranges, groups: int, refs: Refs, scratch: Refs) 
         for g in range(groups)
     ]
     low, high = union(spans)
-    ring = Ring(plan, scratch, fetched(plan), _stages(refs["query"].shape[3]), 2 * low, 1)
+    ring = Ring(plan, scratch, fetched(plan), scratch["key"].shape[0], 2 * low, 1)
 
     @pl.when(group == groups)
     def _():

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from posjax.types import Array, Num
 __all__ = [
     "Barriers",
     "Refs",
+    "fits",
     "interpreted",
     "interpreting",
     "launch",
@@ -29,6 +31,10 @@ __all__ = [
 
 # References by name.
 Refs = dict
+# Bytes of shared memory of a Hopper SM that a block may take, less what barriers and sums take.
+_ROOM = (227 - 3) * 1024
+# Where arrays in it begin.
+_ALIGNMENT = 1024
 _params: contextvars.ContextVar = contextvars.ContextVar("params", default=None)
 
 
@@ -102,6 +108,17 @@ def with_barriers(*, own: dict, constants: dict, passing: dict, groups: int = GR
     return shapes | full | free
 
 
+def fits(scratch: dict) -> bool:
+    """Whether there is as much shared memory."""
+    return _shared_bytes(scratch) <= _ROOM
+
+
+def _shared_bytes(scratch: dict) -> int:
+    arrays = [x for x in scratch.values() if not isinstance(x, Barriers)]
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+
 def share_registers(groups: int, *, computes: bool) -> None:
     """Moves registers from the warpgroup that fetches to those that compute.
 
@@ -123,7 +140,16 @@ def launch(
     name: str,
     groups: int = GROUPS,
 ) -> dict[str, Array]:
-    """Runs `kernel(references, scratch)` with the axis "group" for the warpgroups."""
+    """Runs `kernel(references, scratch)` with the axis "group" for the warpgroups.
+
+    Raises:
+        ValueError: more shared memory than there is.
+    """
+    if not fits(scratch):
+        raise ValueError(
+            f"{name} needs {_shared_bytes(scratch):,} bytes of shared memory of {_ROOM:,}; take "
+            "fewer keys or stages (kernels.blocks.GpuBlocks)."
+        )
     names = [*inputs, *outputs]
     made = {n: x.make() if isinstance(x, Barriers) else x for n, x in scratch.items()}
 

@@ -81,8 +81,9 @@ def test_the_steps_of_a_gpu(load, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_all_of_it_on_a_cpu(load, tmp_path):
+def test_all_of_it_on_a_cpu(load, tmp_path, monkeypatch):
     """But the tuner, whose compilations `test_tune_gpu.py` tries, and the tests themselves."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     on_gpu, steps = load("on_gpu"), ("attention", "train")
     on_gpu.main(on_gpu.Settings(tmp_path, tiny=True, seconds=900.0, steps=steps))
     for name in steps:

@@ -70,6 +70,28 @@ def test_single_steps_compile():
             assert aot.compiled(step, topology, table, square)
 
 
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("own_gate_key", [False, True])
+@pytest.mark.parametrize("positions", [0, 2, 64, 65, 128])
+@pytest.mark.parametrize("size", [64, 128])
+def test_everything_fits_into_shared_memory(size, positions, own_gate_key, relative):
+    """Traced only, which says how much a kernel takes."""
+    inputs = arguments(size, positions, "bfloat16", own_gate_key, 500, relative)
+    with aot.described(aot.h200_topology()):
+        outputs = jax.eval_shape(gradient, *inputs)
+    assert jax.tree.map(jnp.shape, outputs) == jax.tree.map(jnp.shape, inputs[:4])
+
+
+def test_too_much_shared_memory_is_named(monkeypatch):
+    blocks = GpuBlocks(key=128, count=64, stages=4)
+    monkeypatch.setattr("posjax.kernels.gpu.attention.gpu_sizes", lambda *_: blocks)
+    with (
+        aot.described(aot.h200_topology()),
+        pytest.raises(ValueError, match=r"shared memory.*stages"),
+    ):
+        jax.eval_shape(lambda *x: gradient(*x), *arguments())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "size, blocks",
@@ -92,11 +114,10 @@ def test_choices_compile(size, blocks, monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"size": 64, "dtype": "float16"},
-        {"size": 80, "positions": 128, "own_gate_key": True},
+        {"size": 64, "positions": 128, "dtype": "float16"},
+        {"size": 80, "own_gate_key": True, "relative": True},
         {"positions": 0},
-        {"size": 64, "relative": True},
-        {"size": 128, "positions": 128, "relative": True},
+        {"size": 64, "positions": 0, "relative": True},
     ],
     ids=str,
 )
