@@ -225,5 +225,6 @@ def dense_narrow(case, inputs, params):
         factors = jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape)
         return jnp.sum(output * factors), output
 
-    (_, output), grads = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(inputs, params)
+    gradient = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))
+    (_, output), grads = gradient(inputs, params)
     return output, grads

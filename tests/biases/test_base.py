@@ -108,7 +108,9 @@ def test_falling_interpolation_has_the_gradients_of_the_plain_one(seed, position
     count = jax.lax.cumsum(gates, axis=3, reverse=True)
     weights = jax.random.normal(weight_key, count.shape)
     plain, falling = (
-        jax.value_and_grad(lambda z, c, f=f: jnp.sum(f(z, c) * weights), argnums=(0, 1))(z, count)
+        jax.jit(jax.value_and_grad(lambda z, c, f=f: jnp.sum(f(z, c) * weights), argnums=(0, 1)))(
+            z, count
+        )
         for f in (_interpolate, _interpolate_falling)
     )
     chex.assert_trees_all_close(falling, plain, rtol=0, atol=3e-5)

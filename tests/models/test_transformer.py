@@ -1,6 +1,7 @@
 """The transformer computes the same however it is compiled, cached, packed or split."""
 
 import dataclasses
+import functools
 
 import chex
 import flax.linen as nn
@@ -17,11 +18,16 @@ VOCABULARY = 11
 SMALL = TransformerConfig(layers=2, heads=4, kv_heads=2, width=32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, tokens, segment_ids=None):
+    return model.apply(variables, tokens, segment_ids=segment_ids)
+
+
 def build(encoding: str = "cope", length: int = 9, **settings):
     """A model, its variables and tokens."""
     model = Transformer(dataclasses.replace(SMALL, **settings), VOCABULARY, create(encoding))
     tokens = jax.random.randint(jax.random.key(1), (2, length), 0, VOCABULARY)
-    return model, model.init(jax.random.key(0), tokens), tokens
+    return model, jax.jit(model.init)(jax.random.key(0), tokens), tokens
 
 
 def close(a, b):
@@ -32,7 +38,7 @@ def close(a, b):
 def test_decoding_equals_the_full_forward_pass(encoding):
     """Prefill of 4 tokens, then a chunk of 2, then one at a time; with grouped heads."""
     model, variables, tokens = build(encoding)
-    want = model.apply(variables, tokens)
+    want = apply(model, variables, tokens)
     step = jax.jit(lambda part, cache: model.apply(variables, part, cache=cache))
     cache, logits = init_cache(model, variables, 2, 12), []
     for start, end in [(0, 4), (4, 6), (6, 7), (7, 8), (8, 9)]:
@@ -46,9 +52,9 @@ def test_decoding_equals_the_full_forward_pass(encoding):
 def test_packed_sequences_equal_separate_ones(encoding):
     model, variables, tokens = build(encoding, length=9)
     ids = jnp.array([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
-    packed = model.apply(variables, tokens[:1], segment_ids=ids)
-    close(packed[:, :4], model.apply(variables, tokens[:1, :4]))
-    close(packed[:, 4:], model.apply(variables, tokens[:1, 4:]))
+    packed = apply(model, variables, tokens[:1], segment_ids=ids)
+    close(packed[:, :4], apply(model, variables, tokens[:1, :4]))
+    close(packed[:, 4:], apply(model, variables, tokens[:1, 4:]))
 
 
 def stacked(params: dict) -> dict:
@@ -67,9 +73,9 @@ def test_scanned_layers_equal_unrolled_ones(remat):
     params = {"params": stacked(variables["params"])}
     assert jax.tree.structure(params) == jax.tree.structure(scanned.init(jax.random.key(0), tokens))
     loss = lambda model: lambda v: jnp.mean(model.apply(v, tokens) ** 2)  # noqa: E731
-    close(scanned.apply(params, tokens), model.apply(variables, tokens))
-    want = stacked(jax.grad(loss(model))(variables)["params"])
-    got = jax.grad(loss(scanned))(params)["params"]
+    close(apply(scanned, params, tokens), apply(model, variables, tokens))
+    want = stacked(jax.jit(jax.grad(loss(model)))(variables)["params"])
+    got = jax.jit(jax.grad(loss(scanned)))(params)["params"]
     close(got, want)
 
 
@@ -78,7 +84,7 @@ def test_scanned_layers_decode():
     cache = init_cache(model, variables, 2, 9)
     first, cache = model.apply(variables, tokens[:, :5], cache=cache)
     second, _ = model.apply(variables, tokens[:, 5:], cache=cache)
-    close(jnp.concatenate([first, second], axis=1), model.apply(variables, tokens))
+    close(jnp.concatenate([first, second], axis=1), apply(model, variables, tokens))
 
 
 def test_every_layer_has_its_own_table():
@@ -94,7 +100,7 @@ def test_implementations_agree(implementation):
     other = Transformer(
         dataclasses.replace(SMALL, implementation=implementation), VOCABULARY, create("cope")
     )
-    close(other.apply(variables, tokens), model.apply(variables, tokens))
+    close(apply(other, variables, tokens), apply(model, variables, tokens))
 
 
 def test_causality_by_gradient():
@@ -131,13 +137,13 @@ def test_parameter_count_is_the_documented_one(form):
     want = c.layers * block + (2 - c.tied_embeddings) * VOCABULARY * width
     want += scale * width * (c.norm == "pre")
     assert sum(x.size for x in jax.tree.leaves(variables)) == want
-    assert jnp.all(jnp.isfinite(model.apply(variables, tokens)))
+    assert jnp.all(jnp.isfinite(apply(model, variables, tokens)))
 
 
 @pytest.mark.standard_promotion
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
     model, variables, tokens = build(dtype="bfloat16")
-    want = build()[0].apply(variables, tokens)
+    want = apply(build()[0], variables, tokens)
     got, state = model.apply(variables, tokens, capture_intermediates=True)
     (block, _), _ = state["intermediates"]["layer_0"]["__call__"][0]
     assert block.dtype == jnp.bfloat16 and got.dtype == jnp.float32
@@ -146,7 +152,7 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
 
 def test_initial_loss_is_near_that_of_a_guess():
     model, variables, tokens = build(length=64)
-    logits = model.apply(variables, tokens)
+    logits = apply(model, variables, tokens)
     loss = -jnp.mean(jnp.take_along_axis(nn.log_softmax(logits), tokens[..., None], axis=-1))
     assert abs(float(loss) - np.log(VOCABULARY)) < 1.0
 
@@ -154,9 +160,9 @@ def test_initial_loss_is_near_that_of_a_guess():
 def test_dropout_acts_in_training_only():
     model, variables, tokens = build(dropout=0.5)
     rngs = {"dropout": jax.random.key(2)}
-    close(model.apply(variables, tokens), model.apply(variables, tokens))
+    close(apply(model, variables, tokens), apply(model, variables, tokens))
     noisy = model.apply(variables, tokens, deterministic=False, rngs=rngs)
-    assert not jnp.allclose(noisy, model.apply(variables, tokens), atol=1e-2)
+    assert not jnp.allclose(noisy, apply(model, variables, tokens), atol=1e-2)
 
 
 @pytest.mark.parametrize("encoding", ["cope", "rope", "nope"])
@@ -165,7 +171,7 @@ def test_greedy_generation_equals_repeated_full_passes(encoding):
     got = generate(model, variables, tokens, 3)
     text = tokens
     for _ in range(3):
-        token = jnp.argmax(model.apply(variables, text)[:, -1], axis=-1).astype(jnp.int32)
+        token = jnp.argmax(apply(model, variables, text)[:, -1], axis=-1).astype(jnp.int32)
         text = jnp.concatenate([text, token[:, None]], axis=1)
     assert got.tolist() == text[:, 4:].tolist()
 
@@ -178,7 +184,7 @@ def test_sampling_follows_the_temperature():
         settings = {"temperature": temperature, "key": jax.random.key(3)}
         return generate(model, variables, many, 1, **settings)[:, 0]
 
-    probabilities = nn.softmax(model.apply(variables, tokens[:1])[0, -1])
+    probabilities = nn.softmax(apply(model, variables, tokens[:1])[0, -1])
     frequencies = jnp.bincount(sample(1.0), length=VOCABULARY) / 400
     assert float(jnp.max(jnp.abs(frequencies - probabilities))) < 0.1
     assert len(set(sample(1e-4).tolist())) == 1
