@@ -8,6 +8,7 @@ import pytest
 from posjax import table
 from posjax.encodings import registry
 
+pytestmark = pytest.mark.once
 README = Path(__file__).parent.parent / "README.md"
 
 

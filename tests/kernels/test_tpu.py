@@ -80,7 +80,7 @@ RESTRICTED = {
     "window": {"window": (40, 0)},
     "two-sided window": {"window": (20, 50), "causal": False},
     "bidirectional": {"causal": False},
-    "everything": {"segments": True, "window": (150, 0), "heads": 4, "kv_heads": 2, "batch": 2},
+    "everything": {"segments": True, "window": (150, 0), "heads": 4, "kv_heads": 2},
 }
 
 
