@@ -37,4 +37,6 @@ def test_loops_have_no_more_instructions(tmp_path):
     for loop, counts in found.items():
         for what in ("instructions", "spills"):
             assert counts[what] <= known[loop][what] * NEAR, (loop, what)
-        assert not counts["serial"], f"matrix instructions of {loop} wait for each other"
+        # Recorded for jax 0.12 alone, see docs/performance.md.
+        later = f"matrix instructions of {loop} wait for each other"
+        assert not counts["serial"] or known[loop]["serial"], later
