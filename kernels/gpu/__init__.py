@@ -15,5 +15,6 @@
 | reciprocals      | one reciprocal for two keys                                                 |
 | diagonals, bands | a bias of the distance: tiles' diagonals, their sums, its array             |
 | mlir             | numbers, registers and addresses as MLIR writes them                        |
+| stores           | stores without barriers                                                     |
 | layout           | shared memory, barriers, start of a kernel                                  |
 """

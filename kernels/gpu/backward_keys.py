@@ -34,6 +34,7 @@ from posjax.kernels.gpu.layout import (
     with_barriers,
 )
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
+from posjax.kernels.gpu.stores import meet, store_matrix
 from posjax.kernels.gpu.tiles import Place, Tile, gate_bias
 from posjax.kernels.gpu.walk import Ring, band_of, copy_own, own_span, union
 from posjax.kernels.ranges import Ranges, Span
@@ -44,6 +45,8 @@ __all__ = ["KEYS", "key_gradients"]
 # Keys of a warpgroup.
 KEYS = PAIR
 _STAGES = 2
+# Bytes of a row of the keys of half a tile.
+_SWIZZLE = 2 * HALF
 # Kinds of tiles.
 _SKIPPED, _CAREFUL, _BAND, _PLAIN = range(4)
 
@@ -96,7 +99,7 @@ def _has_gate_key(plan: Plan) -> bool:
 
 def _scratch(plan: Plan, groups: int, inputs: dict[str, Array], wanted: tuple[str, ...]) -> dict:
     dtype, size = inputs["query"].dtype, inputs["query"].shape[3]
-    operand = functools.partial(matrix, swizzle=2 * HALF)
+    operand = functools.partial(matrix, swizzle=_SWIZZLE)
     own = dict.fromkeys(_own(plan), operand((groups, KEYS, size), dtype))
     rows = operand((_STAGES, ROWS, size), dtype)
     constants, passing = {}, dict.fromkeys(("query", "cotangent"), rows)
@@ -279,16 +282,20 @@ class _Keys:
             return sums
         left = halves[0].per_query("prefixes", self.number) if counts else None
         lse, delta = (halves[0].per_query(name) for name in ("lse", "delta"))
+        emulated = self.plan.emulated
+        # The last tile's products have been read by all warps.
+        meet(emulated=emulated)
         for number, tile in enumerate(halves):
             rows = Rows(lse, delta, left)
             found = gradients_of(tile, rows, counts=counts, masked=masked)[1]
             left = found.left
             for name in self.wanted:
                 room = self._room(name).at[:, number * HALF : (number + 1) * HALF]
-                room[...] = self._weights(name, found).astype(room.dtype)
+                weights = self._weights(name, found).astype(room.dtype)
+                store_matrix(room, weights, swizzle=_SWIZZLE, emulated=emulated)
         plgpu.commit_smem()
         rows_of = lambda name: halves[0].operands["cotangent" if name == "value" else "query"]  # noqa: E731
-        multiply = functools.partial(multiply_transposed_into, emulated=self.plan.emulated)
+        multiply = functools.partial(multiply_transposed_into, emulated=emulated)
         return tuple(
             multiply(total, self._room(name), rows_of(name))
             for name, total in zip(self.wanted, sums, strict=True)

@@ -26,6 +26,7 @@ __all__ = [
     "per_row",
     "row_layout",
     "share_registers",
+    "tiled",
     "with_barriers",
 ]
 
@@ -76,9 +77,13 @@ def matrix(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
         swizzle: bytes within which hardware shuffles it, so that the rows of a tile do not meet in
             a bank; no more than a tile has keys.
     """
+    return plgpu.SMEM(shape, dtype, transforms=tiled(dtype, swizzle))
+
+
+def tiled(dtype: Any, swizzle: int) -> tuple:
+    """How `matrix` lies in memory."""
     columns = swizzle // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
 
 def row_layout():
