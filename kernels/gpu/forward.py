@@ -40,6 +40,7 @@ from posjax.kernels.gpu.layout import (
     with_barriers,
 )
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
+from posjax.kernels.gpu.stores import all_reach
 from posjax.kernels.gpu.tiles import SAVED, Place, Tile, along_rows, first_place, gate_bias
 from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_down, own_span, union
 from posjax.kernels.ranges import Ranges, Span
@@ -157,8 +158,7 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
         loop = loop_down(choose(span.full_last + 1, span.first, _NOWHERE), careful, loop)
         bound = choose(span.full_first, _NOWHERE, _NOWHERE)
         if own:
-            finished = lambda walk: jnp.min(walk.place) >= plan.contextual.finished  # noqa: E731
-            loop = loop_down(bound, band, loop, unless=finished)
+            loop = loop_down(bound, band, loop, unless=functools.partial(_finished, plan))
             last = per_row(loop[0], jnp.int32)
             pl.when(number == 0)(lambda: queries.save("plain", last))
         return loop_down(bound, plain, loop)
@@ -168,6 +168,11 @@ def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
     _, walk = jax.lax.fori_loop(0, 3, side, (high, walk))
     pl.when(queries.group == 0)(functools.partial(_meet, queries))
     _finish(queries, walk)
+
+
+def _finished(plan: Plan, walk: Walk) -> Array:
+    """Whether all queries have counted to the end of the table."""
+    return all_reach(walk.place, plan.contextual.finished, emulated=plan.emulated)
 
 
 def _meet(queries: Queries) -> None:

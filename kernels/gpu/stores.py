@@ -1,16 +1,22 @@
-"""Stores without the barriers that Pallas puts before and after each one.
+"""Stores without the barriers that Pallas puts before and after each one, and the barriers alone.
 
 As `instructions`, each has a form that is `emulated` for the interpreter. Where a warpgroup reads
 what it has stored, it is the caller who waits.
 """
 
+import functools
+
+import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from posjax.kernels.gpu.layout import row_layout, tiled
-from posjax.types import Array, Num
+from posjax.kernels.gpu.mlir import element, i32, whole
+from posjax.types import Array, Bool, Float, Num
 
-__all__ = ["meet", "store_matrix", "store_row"]
+__all__ = ["all_reach", "meet", "store_matrix", "store_row"]
 
 
 def store_row(ref, x: Num[Array, "64"], *, emulated: bool) -> None:
@@ -57,3 +63,30 @@ def meet(*, emulated: bool) -> None:
         mgpu.warpgroup_barrier()
 
     wait()
+
+
+def all_reach(x: Float[Array, "64"], least: float, *, emulated: bool) -> Bool[Array, ""]:
+    """Whether every query's number is at least `least`: one barrier that asks all threads."""
+    if emulated:
+        return jnp.min(x) >= least
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(row_layout(),), return_type=result)
+    def ask(ctx, numbers):
+        del ctx
+        registers = [element(register, 0) for register in numbers.registers.flat]
+        lowest = functools.reduce(arith.minimumf, registers)
+        limit = arith.constant(ir.F32Type.get(), least)
+        # Barriers 1 and 2 are those of the warpgroups, as in `mgpu.warpgroup_barrier`.
+        barrier = arith.addi(mgpu.utils.warpgroup_idx(sync=False), whole(1))
+        # From the shuffle ptxas learns that a warp has one answer, and copies no accumulators.
+        code = (
+            "{.reg .pred p, q; .reg .s32 own; setp.ge.f32 p, $1, $2; "
+            "barrier.cta.red.and.aligned.pred q, $3, 128, p; selp.s32 own, 1, 0, q; "
+            "shfl.sync.idx.b32 $0, own, 0, 0x1f, 0xffffffff;}"
+        )
+        operands = [lowest, limit, barrier]
+        found = llvm.inline_asm(i32(), operands, code, "=r,f,f,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return ask(x) != 0
