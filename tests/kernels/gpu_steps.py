@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.kernels.gpu import instructions, layout
+from posjax.kernels.gpu import instructions, layout, stores
 from posjax.kernels.gpu.reciprocals import paired_reciprocal
 
 ROWS, KEYS = 64, 128
@@ -74,3 +74,40 @@ def looked_up(table, place, *, packed: bool, emulated: bool = False):
     scratch = {"table": plgpu.SMEM(table.shape, jnp.float32), "full": layout.Barriers(1)}
     outputs = dict.fromkeys(names, jax.ShapeDtypeStruct((ROWS, KEYS), jnp.float32))
     return _one_warpgroup(step, {"table": table, "place": place}, outputs, scratch)
+
+
+def reached(x, least: float, *, emulated: bool = False):
+    """[64] of 1 where all numbers of x [64] are at least `least`, and else of 0."""
+
+    def step(refs, scratch):
+        taken = instructions.load(refs["x"], layout.row_layout())
+        found = stores.all_reach(taken, least, emulated=emulated)
+        answer = layout.per_row(found.astype(jnp.float32))
+        stores.store_row(refs["answer"], answer, emulated=emulated)
+
+    shape = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
+    return _one_warpgroup(step, {"x": x}, {"answer": shape}, {})["answer"]
+
+
+def transposed_product(x, y, *, emulated: bool = False):
+    """x^T @ y of [64, 64], x stored in halves of 32 columns as the kernel of keys does."""
+    half = KEYS // 4
+
+    def step(refs, scratch):
+        _fetch(refs, scratch, "y")
+        taken = instructions.load(refs["x"], plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+        for start in (0, half):
+            room = scratch["x"].at[:, start : start + half]
+            part = taken[:, start : start + half]
+            stores.store_matrix(room, part, swizzle=2 * half, emulated=emulated)
+        plgpu.commit_smem()
+        zero = plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), plgpu.Layout.WGMMA)
+        operands = scratch["x"], scratch["y"]
+        found = instructions.multiply_transposed_into(zero, *operands, emulated=emulated)
+        refs["product"][...] = found
+        stores.meet(emulated=emulated)
+
+    room = layout.matrix((ROWS, ROWS), jnp.bfloat16, swizzle=2 * half)
+    scratch = {"x": room, "y": room, "full": layout.Barriers(1)}
+    outputs = {"product": jax.ShapeDtypeStruct((ROWS, ROWS), jnp.float32)}
+    return _one_warpgroup(step, {"x": x, "y": y}, outputs, scratch)["product"]

@@ -64,6 +64,10 @@ def test_single_steps_compile():
             step = functools.partial(gpu_steps.inverses, paired=paired)
             assert aot.compiled(step, topology, square)
         assert aot.compiled(gpu_steps.sums, topology, square, lower, square)
+        reached = functools.partial(gpu_steps.reached, least=2.5)
+        assert aot.compiled(reached, topology, array(gpu_steps.ROWS))
+        operands = array(gpu_steps.ROWS, gpu_steps.ROWS), array(64, 64, dtype="bfloat16")
+        assert aot.compiled(gpu_steps.transposed_product, topology, *operands)
         for packed in (False, True):
             step = functools.partial(gpu_steps.looked_up, packed=packed)
             table = array(gpu_steps.ROWS, table_words(64, packed))

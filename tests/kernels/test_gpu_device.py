@@ -101,6 +101,23 @@ def test_reciprocals(paired, emulated):
     np.testing.assert_allclose(found, want, rtol=3 * 2.0**-23)
 
 
+@pytest.mark.parametrize("row", [None, 0, 8, 31, 63])
+def test_whether_all_reach(row, emulated):
+    """One row that does not is enough."""
+    x = np.full(gpu_steps.ROWS, 2.5, np.float32)
+    if row is not None:
+        x[row] = np.nextafter(np.float32(2.5), np.float32(0))
+    found = gpu_steps.reached(jnp.asarray(x), 2.5, emulated=emulated)
+    np.testing.assert_array_equal(found, np.full(gpu_steps.ROWS, row is None, np.float32))
+
+
+def test_operands_that_a_warpgroup_stores(emulated):
+    x, y = RANDOM.integers(-4, 5, (2, gpu_steps.ROWS, gpu_steps.ROWS))
+    taken = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.bfloat16)
+    found = gpu_steps.transposed_product(*taken, emulated=emulated)
+    np.testing.assert_array_equal(found, x.T @ y)
+
+
 @pytest.mark.parametrize("positions", [64, 100])
 @pytest.mark.parametrize("packed", [False, True])
 def test_look_ups(packed, positions, emulated):
