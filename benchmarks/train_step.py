@@ -168,7 +168,6 @@ class Running:
         ones = jnp.ones((shape[0], length), jnp.float32)
         self.batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": ones}
         self.step = make_train_step(model, config, mesh)
-        # Flax traces a model with dtypes that it mixes.
         with _attention_by(CONTENDERS[name].implementation):
             self.state = initial_state(model, optimizer, length, config.seed, mesh)
             self.parameters = count_parameters(self.state.params)
@@ -234,7 +233,7 @@ def show(console: Console, length: int, rows: dict) -> None:
             continue
         spread = f"[{1e3 * min(row['seconds']):.4g}, {1e3 * max(row['seconds']):.4g}]"
         ratio = f"{medians[name] / best['rope']:.3f}" if best["rope"] else ""
-        table.add_row(name, f"{1e3 * medians[name]:.4g} {spread}", ratio, style=None)
+        table.add_row(name, f"{1e3 * medians[name]:.4g} {spread}", ratio)
     console.print(table)
     if None not in best.values():
         ratio = best["cope"] / best["rope"]
