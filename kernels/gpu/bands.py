@@ -22,6 +22,7 @@ from posjax.kernels.gpu import diagonals
 from posjax.kernels.gpu.gradients import PAIR
 from posjax.kernels.gpu.instructions import load
 from posjax.kernels.gpu.plan import ROWS, Plan
+from posjax.kernels.gpu.stores import store
 from posjax.kernels.gpu.walk import Queries
 from posjax.kernels.ranges import Ranges
 from posjax.masks import Mask
@@ -80,10 +81,11 @@ def send(queries: Queries, index: Array) -> None:
     for row in range(diagonals.SUMS):
         total = total + load(sums.at[row, :_DIAGONALS], _layout())
     plgpu.commit_smem()
-    carried[:_DIAGONALS] = total
     batch, head, row, _ = queries.place
     where = pl.ds(index * PAIR, _DIAGONALS)
-    queries.refs["bands_gradient"][batch, head, row // ROWS, where] = total
+    written = queries.refs["bands_gradient"].at[batch, head, row // ROWS, where]
+    for target in (carried.at[:_DIAGONALS], written):
+        store(target, total, _layout(), emulated=queries.plan.emulated)
 
 
 def _layout():

@@ -16,21 +16,21 @@ from posjax.kernels.gpu.layout import row_layout, tiled
 from posjax.kernels.gpu.mlir import element, i32, whole
 from posjax.types import Array, Bool, Float, Num
 
-__all__ = ["all_reach", "meet", "store_matrix", "store_row"]
+__all__ = ["all_reach", "meet", "store", "store_matrix"]
 
 
-def store_row(ref, x: Num[Array, "64"], *, emulated: bool) -> None:
-    """Writes a number for each query to global memory, where this kernel does not read it."""
+def store(ref, x: Num[Array, "..."], layout, *, emulated: bool) -> None:
+    """Writes what is in registers of a layout; memory as it is, without a swizzle."""
     if emulated:
         ref[...] = x
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), row_layout()), return_type=None)
-    def store(ctx, target, values):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=None)
+    def write(ctx, target, values):
         del ctx
         values.store_untiled(target, optimized=False)
 
-    store(ref, x)
+    write(ref, x)
 
 
 def store_matrix(ref, x: Num[Array, "m n"], *, swizzle: int, emulated: bool) -> None:
@@ -45,11 +45,11 @@ def store_matrix(ref, x: Num[Array, "m n"], *, swizzle: int, emulated: bool) -> 
     kinds = (plgpu.RefType(tiled(x.dtype, swizzle)), plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=kinds, return_type=None)
-    def store(ctx, target, values):
+    def write(ctx, target, values):
         del ctx
         values.store_tiled(target, swizzle=swizzle)
 
-    store(ref, x)
+    write(ref, x)
 
 
 def meet(*, emulated: bool) -> None:

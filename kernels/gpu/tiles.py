@@ -14,7 +14,7 @@ from posjax.kernels.gpu import diagonals, instructions
 from posjax.kernels.gpu.layout import Refs, per_row, row_layout
 from posjax.kernels.gpu.plan import ROWS, Plan
 from posjax.kernels.gpu.reciprocals import paired_reciprocal
-from posjax.kernels.gpu.stores import store_row
+from posjax.kernels.gpu.stores import store
 from posjax.types import Array, Bool, Float, Int, Num
 
 __all__ = ["SAVED", "Place", "Tile", "Values", "along_rows", "first_place", "gate_bias"]
@@ -112,7 +112,7 @@ class Tile:
     def save(self, name: str, x: Array, *index: Array) -> None:
         """Writes what `per_query` reads."""
         at = (self.place.batch, self.place.head, *index, pl.ds(self.place.query, ROWS))
-        store_row(self.refs[name].at[at], x, emulated=self.plan.emulated)
+        store(self.refs[name].at[at], x, row_layout(), emulated=self.plan.emulated)
 
     def _row(self, name: str) -> Array:
         return along_rows(

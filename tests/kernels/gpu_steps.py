@@ -83,7 +83,7 @@ def reached(x, least: float, *, emulated: bool = False):
         taken = instructions.load(refs["x"], layout.row_layout())
         found = stores.all_reach(taken, least, emulated=emulated)
         answer = layout.per_row(found.astype(jnp.float32))
-        stores.store_row(refs["answer"], answer, emulated=emulated)
+        stores.store(refs["answer"], answer, layout.row_layout(), emulated=emulated)
 
     shape = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
     return _one_warpgroup(step, {"x": x}, {"answer": shape}, {})["answer"]
