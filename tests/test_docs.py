@@ -119,7 +119,6 @@ def test_links_inside_the_repository_resolve(path):
     assert not broken
 
 
-@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
 def test_notebook_runs(path, monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 from posjax import table
 from posjax.encodings import registry
 
-pytestmark = pytest.mark.once
 README = Path(__file__).parent.parent / "README.md"
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.once
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = ("attention", "problem", "contenders", "timing", "report")
 

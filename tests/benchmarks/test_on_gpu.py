@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.once
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = {
     "lengths": (16,), "batch_tokens": 32, "layers": 1, "heads": 2, "width": 16, "vocabulary": 16,

@@ -14,7 +14,7 @@ import pytest
 from posjax.training.records import read_records
 from tests.training.tiny import assert_same_bits
 
-pytestmark = [pytest.mark.slow, pytest.mark.once]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 LIMIT = 300  # seconds
