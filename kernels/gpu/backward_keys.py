@@ -82,10 +82,9 @@ def key_gradients(
 
 
 def _groups(plan: Plan, inputs: dict[str, Array], wanted: tuple[str, ...]) -> int:
-    """Warpgroups that compute: large tables, and gate keys of 128, have no room for two."""
-    few = plan.contextual is None or plan.contextual.positions <= 64
+    """Warpgroups that compute: one where shared memory or the keys do not suffice for two."""
     even = inputs["key"].shape[1] % (KEYS * GROUPS) == 0
-    return GROUPS if few and even and fits(_scratch(plan, GROUPS, inputs, wanted)) else 1
+    return GROUPS if even and fits(_scratch(plan, GROUPS, inputs, wanted)) else 1
 
 
 def _own(plan: Plan) -> list[str]:
