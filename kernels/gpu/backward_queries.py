@@ -99,13 +99,13 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
         outputs["bands_gradient"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     groups = _groups(plan)
     # Halves in shared memory: as many as there is room for.
-    scratches = (_scratch(plan, groups, stages, inputs) for stages in _STAGES)
+    scratches = [_scratch(plan, groups, stages, inputs) for stages in _STAGES]
     return launch(
         functools.partial(_kernel, plan, ranges, groups),
         inputs,
         outputs,
         grid={"head": heads, "tile": length // (ROWS * groups), "batch": batch},
-        scratch=next(filter(fits, scratches)),
+        scratch=next(filter(fits, scratches), scratches[-1]),
         name="posjax_attention_backward_queries",
         groups=groups,
     )

@@ -37,6 +37,8 @@ def test_loops_have_no_more_instructions(tmp_path):
     for loop, counts in found.items():
         for what in ("instructions", "spills"):
             assert counts[what] <= known[loop][what] * NEAR, (loop, what)
-        # Recorded for jax 0.12 alone, see docs/performance.md.
-        later = f"matrix instructions of {loop} wait for each other"
-        assert not counts["serial"] or known[loop]["serial"], later
+    serial = [loop for loop, counts in found.items() if counts["serial"]]
+    if jax.__version_info__ >= (0, 12) and installed("nvidia-nvjitlink"):
+        assert serial, "jax compiles Mosaic GPU kernels as it did before 0.12; drop this exception"
+        pytest.xfail("jax 0.12 compiles through nvJitLink, see docs/performance.md")
+    assert serial == []  # loops whose matrix instructions wait for each other
