@@ -75,8 +75,9 @@ def test_single_steps_compile():
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("own_gate_key", [False, True])
-@pytest.mark.parametrize("positions", [0, 64, 128])
+@pytest.mark.parametrize(
+    "positions, own_gate_key", [(0, False), (64, False), (64, True), (128, False), (128, True)]
+)
 @pytest.mark.parametrize("size", [64, 128])
 def test_everything_fits_into_shared_memory(size, positions, own_gate_key, relative):
     """Traced only, which says how much a kernel takes."""
