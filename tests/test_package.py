@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import tomllib
 import venv
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import posjax
+import posjax.kernels.reference
 from tests.conftest import OPTIONAL
 
 ROOT = Path(__file__).parent.parent
@@ -46,17 +49,38 @@ def installed_paths() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel of a copy of the sources, so that the clone stays as it is."""
+def built(tmp_path_factory) -> Path:
+    """A source archive and the wheel made of it, from a copy, so that the clone stays as it is."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for folder in SOURCES:
         ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=source)
-    (path,) = (source / "dist").glob("*.whl")
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore, symlinks=True)
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("*.whl")
     return path
+
+
+def test_the_package_and_its_kernels_are_of_one_tree():
+    """An installed mapping would give a second clone the kernels of the first one."""
+    root = Path(posjax.__file__).parent.parent.resolve()
+    kernels = Path(posjax.kernels.__file__).resolve()
+    assert root == ROOT
+    assert kernels == ROOT / "kernels" / "__init__.py"
+    assert Path(posjax.kernels.reference.__file__).resolve() == ROOT / "kernels" / "reference.py"
+
+
+def test_source_archive_holds_every_module(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= installed_paths()
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel):
