@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from attention_problem import Problem, Settings, gate_bias
 
+import posjax.problem
 from posjax import ContextualBias, dot_product_attention
-from posjax.kernels.gpu.support import unsupported
-from posjax.masks import Mask, Side
+from posjax.kernels import gpu, platforms
 
 __all__ = ["CONTENDERS", "PASSES", "PLAIN_REFERENCE", "Contender", "Passes", "available"]
 
@@ -110,9 +110,9 @@ def _needs_hopper(problem: Problem, contextual: bool) -> str | None:
     shape = (problem.batch, problem.length, problem.heads, problem.head_size)
     query = jax.ShapeDtypeStruct(shape, problem.dtype)
     table = jax.ShapeDtypeStruct((problem.positions, problem.head_size), jnp.float32)
-    side = Side(jnp.arange(problem.length)[None])
     bias = ContextualBias(table) if contextual else None
-    return unsupported(query, query, bias, Mask(side, side, is_causal=True))
+    call = posjax.problem.Problem.of(query, query, query, bias, is_causal=True)
+    return platforms.needs("gpu") or gpu.refuses(call)
 
 
 def _needs_cudnn(problem: Problem) -> str | None:

@@ -14,10 +14,10 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+import posjax.problem
 from posjax import ContextualBias, RelativeBias
+from posjax.kernels import tpu
 from posjax.kernels.blocks import TpuBlocks, fastest_tpu_sizes
-from posjax.kernels.tpu.attention import attention
-from posjax.masks import Mask, Side
 from posjax.types import Array
 
 __all__ = ["BLOCKS", "CONTENDERS", "STEPS", "Contender", "Problem", "sizes_of", "split"]
@@ -33,8 +33,6 @@ class Problem(NamedTuple):
 def _ours(problem: Problem, sizes: tuple[int, ...], bias: str):
     memory = sizes[2] if len(sizes) > 2 else 4 * sizes[1]
     length = math.lcm(sizes[0], memory) * (1 if sizes[0] > memory else 2)
-    side = Side(jnp.arange(length)[None])
-    mask = Mask(side, side, is_causal=True)
 
     # A number that trains for each table's row or head.
     shape = {"cope": (problem.positions, problem.head_size), "alibi": (2,), "none": ()}[bias]
@@ -49,7 +47,8 @@ def _ours(problem: Problem, sizes: tuple[int, ...], bias: str):
         scale = problem.head_size**-0.5
         groups = fastest_tpu_sizes().groups_of(sizes[0])  # of the chip that is traced for
         blocks = TpuBlocks(*sizes[:2], memory, **groups)
-        return attention(query, key, value, described, mask, scale=scale, blocks=blocks)
+        call = posjax.problem.Problem.of(query, key, value, described, scale=scale, is_causal=True)
+        return tpu.run(call, blocks)
 
     query, key = (
         jax.ShapeDtypeStruct((1, length, heads, problem.head_size), jnp.bfloat16)

@@ -32,10 +32,10 @@ from rich.progress import track
 from rich.table import Table
 
 import posjax
+import posjax.problem
+from posjax.kernels import gpu
 from posjax.kernels.blocks import GpuBlocks, gpu_sizes
-from posjax.kernels.gpu.attention import attention
 from posjax.kernels.gpu.support import SIZES
-from posjax.masks import Mask, Side
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "tests" / "data" / "h200.txtpb"
@@ -81,7 +81,6 @@ class Work(NamedTuple):
 
 def program(work: Work):
     """A gradient of causal attention (the forward pass with changed blocks), and what it takes."""
-    side = Side(jnp.arange(1024)[None])
 
     def described(table, numbers):
         if work.bias == "distance":
@@ -89,9 +88,10 @@ def program(work: Work):
         return posjax.ContextualBias(table, gate_bias=numbers)
 
     def forward(query, key, value, *trained):
-        mask, bias = Mask(side, side, is_causal=True), described(*trained)
+        bias = described(*trained)
         scale = work.size**-0.5
-        return attention(query, key, value, bias, mask, scale=scale, blocks=work.blocks)
+        problem = posjax.problem.Problem.of(query, key, value, bias, scale=scale, is_causal=True)
+        return gpu.run(problem, work.blocks)
 
     def loss(query, key, value, *trained):
         output = posjax.dot_product_attention(

@@ -12,11 +12,11 @@ import numpy as np
 from gpu_choices import Problem
 from jax.experimental import topologies
 
+import posjax.problem
 from posjax import ContextualBias, dot_product_attention
+from posjax.kernels import gpu
 from posjax.kernels.blocks import GpuBlocks
-from posjax.kernels.gpu.attention import attention
-from posjax.kernels.gpu.layout import interpreting
-from posjax.masks import Mask, Side
+from posjax.kernels.platforms import gpu_interpreter
 
 __all__ = ["TOLERANCE", "compiled", "data", "errors", "no_gpu", "times", "wrong_gradients"]
 
@@ -27,7 +27,7 @@ TOLERANCE = 1e-2
 
 def no_gpu() -> str | None:
     """Why the kernels cannot run here; in the interpreter they can."""
-    if interpreting():
+    if gpu_interpreter() is not None:
         return None
     found = getattr(jax.devices()[0], "compute_capability", "")
     if str(found).split(".")[0] != "9":
@@ -77,11 +77,10 @@ def _bias(arrays: dict) -> ContextualBias | None:
 
 def _ours(blocks: GpuBlocks, arrays: dict) -> jax.Array:
     """Causal attention by the GPU kernels."""
-    side = Side(jnp.arange(arrays["query"].shape[1])[None])
     names, scale = ("query", "key", "value"), arrays["query"].shape[3] ** -0.5
     inputs = (arrays[name] for name in names)
-    mask = Mask(side, side, is_causal=True)
-    return attention(*inputs, _bias(arrays), mask, scale=scale, blocks=blocks)
+    problem = posjax.problem.Problem.of(*inputs, _bias(arrays), scale=scale, is_causal=True)
+    return gpu.run(problem, blocks)
 
 
 @jax.jit
@@ -106,7 +105,7 @@ def compiled(settings, problem: Problem, blocks: GpuBlocks):
         h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
         mesh = jax.sharding.AbstractMesh((), (), abstract_device=h200)
         here = jax.sharding.use_abstract_mesh(mesh)
-    if interpreting():
+    if gpu_interpreter() is not None:
         return jax.jit(function)
     try:
         with here:

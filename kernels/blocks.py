@@ -1,8 +1,7 @@
 """Block sizes of the blockwise implementations."""
 
 import dataclasses
-
-from jax.experimental.pallas import tpu as pltpu
+from typing import Any
 
 from posjax.kernels.gpu_table import FASTEST
 
@@ -157,7 +156,10 @@ def tpu_vmem() -> int:
     return 60 * 2**20 if info is None else info.vmem_capacity_bytes - 4 * 2**20
 
 
-def _tpu_info() -> pltpu.TpuInfo | None:
+def _tpu_info() -> Any:
+    """Of the TPU that is traced for; None without one."""
+    from jax.experimental.pallas import tpu as pltpu
+
     try:
         return pltpu.get_tpu_info()
     except ValueError:

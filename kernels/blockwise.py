@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias
+from posjax.kernels import blocks as sizes
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.common import Softmax, dots, transposed_sum
 from posjax.kernels.walk import (
@@ -33,23 +34,27 @@ from posjax.kernels.walk import (
     query_blocks,
     split_bias,
 )
-from posjax.masks import Mask
+from posjax.problem import Problem
 from posjax.types import Array, Float, Num, PyTree
 
-__all__ = ["attention"]
+__all__ = ["refuses", "run"]
 
 
-def attention(
-    query: Num[Array, "B T N H"],
-    key: Num[Array, "B S K H"],
-    value: Num[Array, "B S K E"],
-    bias: Bias | None,
-    mask: Mask,
-    *,
-    scale: float,
-    blocks: Blocks,
-) -> Num[Array, "B T N E"]:
-    """Blockwise attention; a query that may attend to nothing gives 0."""
+def refuses(problem: Problem) -> str | None:
+    """The reason why there is no blockwise form; None if there is one."""
+    return None if problem.bias is None else problem.bias.only_dense
+
+
+def run(problem: Problem, blocks: Blocks | None = None) -> Num[Array, "B T N E"]:
+    """Blockwise attention; a query that may attend to nothing gives 0.
+
+    Args:
+        blocks: None: those of `kernels.blocks`.
+    """
+    query, key, value = problem.query, problem.key, problem.value
+    bias, mask = problem.bias, problem.mask
+    if blocks is None:
+        blocks = sizes.blockwise_sizes(query.shape[1], key.shape[1])
     length = query.shape[1]
     queries, keys = -length % blocks.query, -key.shape[1] % blocks.key
     if queries or keys:
@@ -57,7 +62,7 @@ def attention(
         mask = mask.pad(queries, keys)
     query = _heads_first(query, queries)
     key, value = _heads_first(key, keys), _heads_first(value, keys)
-    output = _attention(Static(scale, blocks), query, key, value, *split_bias(bias), mask)
+    output = _attention(Static(problem.scale, blocks), query, key, value, *split_bias(bias), mask)
     return jnp.swapaxes(output, 1, 2)[:, :length]
 
 
@@ -71,11 +76,11 @@ def _attention_fwd(static: Static, query, key, value, bias, fixed, mask):
         walk = Walk.begin(static, block, key, bias, fixed, mask)
         state = Softmax.start((*block.query.shape[:3], value.shape[3]))
         index = block.last
-        if walk.runs:
+        if walk.has_state:
             state, index = _forward_head(walk, value, state)
-        if not walk.ends:
+        if not walk.zero_once_finished:
             state = _forward_tail(walk, value, state, index)
-        return state.result(walk.normalised)
+        return state.result(walk.uses_softmax)
 
     output, lse = jax.lax.map(one_block, query_blocks(static, query, mask))
     output, lse = join(output), join(lse)
@@ -137,7 +142,7 @@ class _Given(NamedTuple):
 def _attention_bwd(static: Static, residuals, cotangent):
     query, key, value, bias, fixed, mask, output, lse = residuals
     delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=-1)
-    if bias is not None and not bias.normalised:
+    if bias is not None and not bias.uses_softmax:
         delta = jnp.zeros_like(delta)  # weights do not compete: no weight lowers another one
     given = _Given(*(cut(x, static.blocks.query) for x in (cotangent, lse, delta)))
 
@@ -146,11 +151,11 @@ def _attention_bwd(static: Static, residuals, cotangent):
         walk = Walk.begin(static, block, key, bias, fixed, mask)
         grads = sums, _Local(_zeros(block.query), _zeros(walk.rows))
         tail_end = block.last
-        if walk.runs:
+        if walk.has_state:
             carries, tail_end = _saved_carries(walk)
-        if not walk.ends:
+        if not walk.zero_once_finished:
             grads = _backward_tail(walk, value, given, grads, tail_end)
-        if walk.runs:
+        if walk.has_state:
             grads = _backward_head(walk, value, given, grads, tail_end, carries)
         return _finish_rows(walk, *grads)
 

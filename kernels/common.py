@@ -115,12 +115,12 @@ class Softmax(NamedTuple):
         output = self.output * shrink[..., None] + weigh(weights)
         return Softmax(maximum, total, output)
 
-    def result(self, normalised: bool) -> tuple[Float[Array, "B N t E"], Float[Array, "B N t"]]:
+    def result(self, uses_softmax: bool) -> tuple[Float[Array, "B N t E"], Float[Array, "B N t"]]:
         """The weighted mean and the log-sum-exp of each row.
 
-        Not `normalised`: the sum weighted by exp(logits), and 0.
+        Without `uses_softmax` the sum weighted by exp(logits), and 0.
         """
-        if not normalised:
+        if not uses_softmax:
             return self.output * jnp.exp(self.maximum)[..., None], jnp.zeros_like(self.maximum)
         empty = self.total == 0
         total = jnp.where(empty, 1.0, self.total)

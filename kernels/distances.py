@@ -1,28 +1,33 @@
 """Biases that depend on the distance alone, as kernels take them: one number for each distance."""
 
 import functools
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias
 from posjax.biases.relative import RelativeBias
-from posjax.kernels import blockwise
-from posjax.kernels.blocks import blockwise_sizes
 from posjax.kernels.common import LOG2E
+from posjax.kernels.parts import relatives
 from posjax.masks import Mask
-from posjax.types import Array, Bool, Float, Int, Num
+from posjax.problem import Problem
+from posjax.types import Array, Bool, Float, Int
 
-__all__ = ["by_distance", "is_regular", "where_regular"]
+__all__ = ["by_distance", "positions_are_contiguous"]
 
 
-def is_regular(bias: RelativeBias, mask: Mask) -> Bool[Array, ""]:
-    """Whether the distances of all visible pairs are those of their places in memory, and a shift.
+def positions_are_contiguous(problem: Problem) -> Bool[Array, ""] | None:
+    """Whether the kernels may take each relative bias for a function of the places in memory.
 
-    So it is where positions rise by one throughout, and in packed sequences where they do so in
-    each segment, from the same position in queries and keys.
+    The distances of all visible pairs are then those of their places, and a shift: positions rise
+    by one throughout, or, in packed sequences, in each segment, from the same position in queries
+    and keys. None if there is no relative bias.
     """
+    biases = relatives(problem.bias)
+    if not biases:
+        return None
+    return functools.reduce(jnp.logical_and, (_are_contiguous(x, problem.mask) for x in biases))
+
+
+def _are_contiguous(bias: RelativeBias, mask: Mask) -> Bool[Array, ""]:
     query, key = _positions(bias, mask)
     query, key = (x - jnp.arange(x.shape[1])[None] for x in (query, key))
     steady = jnp.all(query == query[:, :1]) & jnp.all(key == key[:, :1])
@@ -33,29 +38,6 @@ def is_regular(bias: RelativeBias, mask: Mask) -> Bool[Array, ""]:
     inside = ids[:, 1:] == ids[:, :-1]
     packed = jnp.all(ids == others) & jnp.all(runs == kinds) & jnp.all(query == key)
     return steady | (packed & jnp.all(~inside | (query[:, 1:] == query[:, :-1])))
-
-
-def where_regular(
-    run: Callable[..., Array],
-    relatives: list[RelativeBias],
-    query: Num[Array, "B T N H"],
-    key: Num[Array, "B S K H"],
-    value: Num[Array, "B S K E"],
-    bias: Bias,
-    mask: Mask,
-    scale: float,
-) -> Num[Array, "B T N E"]:
-    """`run(query, key, value, bias, mask)`, or `kernels.blockwise` where positions are irregular.
-
-    Args:
-        relatives: those of the bias that depend on the distance.
-    """
-    sizes = blockwise_sizes(query.shape[1], key.shape[1])
-    instead = functools.partial(blockwise.attention, scale=scale, blocks=sizes)
-    regular = functools.reduce(jnp.logical_and, (is_regular(x, mask) for x in relatives))
-    if not isinstance(regular, jax.core.Tracer):
-        return (run if regular else instead)(query, key, value, bias, mask)
-    return jax.lax.cond(regular, run, instead, query, key, value, bias, mask)
 
 
 def by_distance(

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from posjax.masks import Mask, Side
+from posjax.masks import Mask, Tokens
 from posjax.types import Array
 
 __all__ = ["padded", "same_heads"]
@@ -18,7 +18,7 @@ def padded(mask: Mask, queries: int, keys: int) -> Mask:
     Queries of padding may see real keys; what comes of them is cut off.
     """
 
-    def side(real: Side, amount: int, position: int | None, segment: int) -> Side:
+    def side(real: Tokens, amount: int, position: int | None, segment: int) -> Tokens:
         width = ((0, 0), (0, amount))
         positions = real.positions.astype(jnp.int32)
         if position is None:
@@ -30,7 +30,7 @@ def padded(mask: Mask, queries: int, keys: int) -> Mask:
             ids = jnp.zeros((1, real.length), jnp.int32)
         if ids is not None:
             ids = jnp.pad(ids.astype(jnp.int32), width, constant_values=segment)
-        return Side(positions, ids)
+        return Tokens(positions, ids)
 
     return Mask(
         side(mask.query, queries, None, _NO_QUERY),

@@ -6,24 +6,23 @@ output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias, Tile
+from posjax.biases.base import Tile
 from posjax.kernels.common import MASKED, widened
-from posjax.masks import Mask
+from posjax.problem import Problem
 from posjax.types import Array, Num
 
-__all__ = ["attention"]
+__all__ = ["refuses", "run"]
 
 
-def attention(
-    query: Num[Array, "B T N H"],
-    key: Num[Array, "B S K H"],
-    value: Num[Array, "B S K E"],
-    bias: Bias | None,
-    mask: Mask,
-    *,
-    scale: float,
-) -> Num[Array, "B T N E"]:
+def refuses(problem: Problem) -> str | None:
+    """None: the specification does everything."""
+    return None
+
+
+def run(problem: Problem) -> Num[Array, "B T N E"]:
     """Dense attention, in several [B, N, T, S] arrays; a query that sees nothing gives 0."""
+    query, key, value = problem.query, problem.key, problem.value
+    bias, mask, scale = problem.bias, problem.mask, problem.scale
     groups = query.shape[2] // key.shape[2]
     exact = jax.lax.Precision.HIGHEST
     q = query.astype(jnp.float32)
@@ -35,8 +34,8 @@ def attention(
         context = dict(zip(("query_positions", "key_positions"), positions, strict=True))
         logits += bias.dense(query, key, scale=scale, allowed=allowed, **context)
     logits = jnp.where(allowed, logits, MASKED)
-    normalised = bias is None or bias.normalised
-    weights = jax.nn.softmax(logits, axis=-1) if normalised else jnp.exp(logits)
+    uses_softmax = bias is None or bias.uses_softmax
+    weights = jax.nn.softmax(logits, axis=-1) if uses_softmax else jnp.exp(logits)
     weights = jnp.where(allowed, weights, 0.0)
     output = jnp.einsum("bnts,bsnh->bnth", weights, v, precision=exact)
     if bias is not None and bias.has_values:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from posjax.biases.base import Bias
-from posjax.masks import Mask
-from posjax.types import Array
+from posjax.axes import HEADS
+from posjax.problem import Problem
+from posjax.types import Array, Num
 
 __all__ = ["over_mesh"]
 
@@ -24,61 +24,47 @@ _HEAD_AXES = ("tensor",)
 
 
 def over_mesh(
-    run: Callable[..., Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Bias | None,
-    mask: Mask,
-    *,
-    opaque: bool = False,
-) -> Array:
-    """`run(query, key, value, bias, mask)`, split over the batch axes of the current mesh.
+    run: Callable[[Problem], Array], problem: Problem, *, split: str
+) -> Num[Array, "B T N E"]:
+    """`run(problem)`, split over the batch axes of the current mesh.
 
     A batch that the mesh does not divide is computed whole on every device, and inside a
     `shard_map` of the caller nothing changes.
 
     Args:
-        opaque: whether the compiler cannot split `run` itself, because it is a Pallas kernel. Heads
-            are then split over the axis "tensor", where it divides the key/value heads.
+        split: "no"; "batch"; or "heads" if the compiler cannot split `run` itself, because it is a
+            Pallas kernel: heads are then split, too, over the axis "tensor", if it divides the
+            key/value heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = _dividing(mesh, _BATCH_AXES, query.shape[0])
-    if mesh.manual_axes or not (axes or (opaque and mesh.size > 1)):
-        return run(query, key, value, bias, mask)
-    heads = _dividing(mesh, _HEAD_AXES, key.shape[2]) if opaque else ()
-    if bias is not None and not bias.can_split_heads(_parts(mesh, heads)):
+    is_pallas = split == "heads"
+    axes = _dividing(mesh, _BATCH_AXES, problem.query.shape[0]) if split != "no" else ()
+    if mesh.manual_axes or not (axes or (is_pallas and mesh.size > 1)):
+        return run(problem)
+    heads = _dividing(mesh, _HEAD_AXES, problem.key.shape[2]) if is_pallas else ()
+    if problem.bias is not None and not problem.bias.can_split_heads(_parts(mesh, heads)):
         heads = ()
-    batch = query.shape[0]
 
-    def spec(x: Array, head_axis: int | None = None) -> P:
-        parts = [None] * x.ndim
-        if x.shape[0] == batch:
-            parts[0] = axes
-        if head_axis is not None and x.shape[head_axis] > 1:
-            parts[head_axis] = heads
-        return P(*parts)
+    def spec(letters: str, x: Array) -> P:
+        """Batches and heads are split; axes of length 1 are shared by all."""
+        names = {"B": axes} | dict.fromkeys(HEADS, heads)
+        pairs = zip(letters, x.shape, strict=False)
+        return P(*(names.get(letter) or None if size > 1 else None for letter, size in pairs))
 
-    whole = P(axes, None, heads)
-    bias_specs = None if bias is None else bias.map_axes(spec, lambda _: P())
-    if heads and bias is not None:
-        bias_specs = bias.map_heads(spec, bias_specs)
-    parts = _parts(mesh, heads)
+    def of_own_heads(problem: Problem) -> Array:
+        if heads and problem.bias is not None:
+            part = jax.lax.axis_index(heads)
+            problem = problem.with_own_heads(part, _parts(mesh, heads))
+        return run(problem)
 
-    def of_own_heads(query: Array, key: Array, value: Array, bias: Bias | None, mask: Mask):
-        if heads and bias is not None:
-            bias = bias.own_heads(jax.lax.axis_index(heads), parts)
-        return run(query, key, value, bias, mask)
-
-    # Loop states start as constants, which the check of varying values would want cast one by one.
-    split = jax.shard_map(
+    # Loop states start as constants; checked for varying values, each would need a cast.
+    return jax.shard_map(
         of_own_heads,
-        in_specs=(whole, whole, whole, bias_specs, jax.tree.map(spec, mask)),
-        out_specs=whole,
-        axis_names=set(mesh.axis_names) if opaque else set(axes),
+        in_specs=(problem.map_arrays(spec),),
+        out_specs=P(axes or None, None, heads or None),
+        axis_names=set(mesh.axis_names) if is_pallas else set(axes),
         check_vma=False,
-    )
-    return split(query, key, value, bias, mask)
+    )(problem)
 
 
 def _parts(mesh: jax.sharding.AbstractMesh, names: tuple[str, ...]) -> int:

@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Static(NamedTuple):
-    """What is known when the code is compiled."""
+    """Everything that is known when the code is compiled."""
 
     scale: float
     blocks: Blocks
@@ -74,19 +74,19 @@ class Walk:
         return cls(static, block, key, bias, fixed, mask, rows)
 
     @property
-    def runs(self) -> bool:
+    def has_state(self) -> bool:
         """Whether the bias has a running state."""
-        return self.bias is not None and self.bias.runs
+        return self.bias is not None and self.bias.has_state
 
     @property
-    def normalised(self) -> bool:
+    def uses_softmax(self) -> bool:
         """Whether the weights are a softmax."""
-        return self.bias is None or self.bias.normalised
+        return self.bias is None or self.bias.uses_softmax
 
     @property
-    def ends(self) -> bool:
+    def zero_once_finished(self) -> bool:
         """Whether nothing on the left of the head has any weight."""
-        return self.bias is not None and self.bias.ends
+        return self.bias is not None and self.bias.zero_once_finished
 
     @property
     def has_values(self) -> bool:

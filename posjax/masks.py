@@ -8,15 +8,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from posjax.axes import Lettered
 from posjax.types import Array, Bool, Int
 
-__all__ = ["Mask", "Side"]
+__all__ = ["Mask", "Tokens"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """The queries' or the keys' side of a mask.
+class Tokens(Lettered):
+    """The queries or the keys, as a mask sees them: T of them.
 
     `valid` tells real tokens from padding that a blockwise implementation added.
     """
@@ -30,23 +31,25 @@ class Side:
         """Number of tokens."""
         return self.positions.shape[1]
 
-    def pad(self, amount: int) -> "Side":
+    def pad(self, amount: int) -> "Tokens":
         """Appends `amount` invalid tokens and marks the others valid."""
         width = ((0, 0), (0, amount))
         valid = self.valid if self.valid is not None else jnp.ones((1, self.length), bool)
         segment_ids = (
             None if self.segment_ids is None else jnp.pad(self.segment_ids, width, mode="edge")
         )
-        return Side(jnp.pad(self.positions, width, mode="edge"), segment_ids, jnp.pad(valid, width))
+        return Tokens(
+            jnp.pad(self.positions, width, mode="edge"), segment_ids, jnp.pad(valid, width)
+        )
 
-    def block(self, start: Int[Array, ""] | int, size: int) -> "Side":
+    def block(self, start: Int[Array, ""] | int, size: int) -> "Tokens":
         """The `size` tokens from `start` on."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mask:
+class Mask(Lettered):
     """All restrictions of one attention call; they hold together (logical and).
 
     Args:
@@ -56,15 +59,15 @@ class Mask:
         is_causal: a key is seen only from its own position on (key position <= query position).
         window: (left, right), the farthest key positions seen before and after the query position;
             None: no limit.
-        placed: whether the caller gave positions, which may then be any.
+        has_given_positions: whether the caller gave positions, which may then be any.
     """
 
-    query: Side
-    key: Side
+    query: Tokens
+    key: Tokens
     array: Bool[Array, "#B #N T S"] | None = None
     is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
     window: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
-    placed: bool = dataclasses.field(default=False, metadata={"static": True})
+    has_given_positions: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_trivial(self) -> bool:

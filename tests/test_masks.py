@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posjax.masks import Mask, Side
+from posjax.masks import Mask, Tokens
 
 
 def mask(queries: int, keys: int, **settings) -> Mask:
-    return Mask(Side(jnp.arange(queries)[None]), Side(jnp.arange(keys)[None]), **settings)
+    return Mask(Tokens(jnp.arange(queries)[None]), Tokens(jnp.arange(keys)[None]), **settings)
 
 
 def test_causal():
@@ -28,9 +28,9 @@ def test_window():
 
 def test_segments_and_positions():
     ids = jnp.array([[0, 0, 1]])
-    side = Side(jnp.arange(3)[None], ids)
+    side = Tokens(jnp.arange(3)[None], ids)
     assert Mask(side, side).dense()[0, 0].astype(int).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
-    late = Mask(Side(jnp.array([[1]])), Side(jnp.arange(3)[None]), is_causal=True)
+    late = Mask(Tokens(jnp.array([[1]])), Tokens(jnp.arange(3)[None]), is_causal=True)
     assert late.dense()[0, 0].astype(int).tolist() == [[1, 1, 0]]
 
 
@@ -60,8 +60,8 @@ def test_a_block_equals_its_part_of_the_dense_mask_and_ranges_leave_nothing_out(
     block_q, block_k = 2, 3
     queries, keys = blocks_q * block_q, blocks_k * block_k
     query_ids, key_ids = (jnp.arange(n)[None] // 4 if segments else None for n in (queries, keys))
-    query = Side(jnp.arange(queries)[None] + offset, query_ids)
-    whole = Mask(query, Side(jnp.arange(keys)[None], key_ids), is_causal=causal, window=window)
+    query = Tokens(jnp.arange(queries)[None] + offset, query_ids)
+    whole = Mask(query, Tokens(jnp.arange(keys)[None], key_ids), is_causal=causal, window=window)
     dense = np.asarray(whole.dense()[0, 0])
     first, last = (np.asarray(x) for x in whole.block_range(block_q, block_k))
     for i in range(blocks_q):
@@ -79,7 +79,7 @@ def test_a_block_equals_its_part_of_the_dense_mask_and_ranges_leave_nothing_out(
 @pytest.mark.parametrize("packed", [False, True])
 def test_full_blocks_are_full_and_seen_blocks_hold_all_that_is_seen(causal, window, packed):
     places, ids = jnp.arange(24)[None], jnp.arange(24)[None] // 12 if packed else None
-    mask = Mask(Side(places, ids), Side(places, ids), is_causal=causal, window=window)
+    mask = Mask(Tokens(places, ids), Tokens(places, ids), is_causal=causal, window=window)
     blocks = np.asarray(mask.dense())[:, 0].reshape(-1, 6, 4, 4, 6).swapaxes(2, 3)
     seen, full = (np.asarray(x) for x in mask.blocks_seen(4, 6))
     np.testing.assert_array_equal(seen, blocks.any(axis=(3, 4)))

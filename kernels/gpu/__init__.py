@@ -2,7 +2,7 @@
 
 | file             | what                                                                        |
 |------------------|-----------------------------------------------------------------------------|
-| support          | what the kernels can do                                                     |
+| support          | the problems that they can solve                                            |
 | attention        | entry: layout, gradients                                                    |
 | plan             | what is known when a kernel is compiled                                     |
 | tables           | each query's table, and its gradient from running sums                      |
@@ -18,3 +18,18 @@
 | stores           | stores without barriers                                                     |
 | layout           | shared memory, barriers, start of a kernel                                  |
 """
+
+from posjax.kernels.blocks import GpuBlocks
+from posjax.kernels.distances import positions_are_contiguous as holds
+from posjax.kernels.gpu.support import refuses
+from posjax.problem import Problem
+from posjax.types import Array, Num
+
+__all__ = ["holds", "refuses", "run"]
+
+
+def run(problem: Problem, blocks: GpuBlocks | None = None) -> Num[Array, "B T N E"]:
+    """Attention by the GPU kernels, which are imported now; see `kernels.gpu.attention`."""
+    from posjax.kernels.gpu import attention
+
+    return attention.run(problem, blocks)

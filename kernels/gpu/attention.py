@@ -1,4 +1,4 @@
-"""Attention on GPUs: the layout that the kernels want, and gradients.
+"""Attention on GPUs: the layout that the kernels need, and gradients.
 
 output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
 """
@@ -8,71 +8,39 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
-from posjax.kernels.addends import contextual, relatives
 from posjax.kernels.blocks import GpuBlocks, gpu_sizes
 from posjax.kernels.common import LN2, LOG2E
-from posjax.kernels.distances import where_regular
 from posjax.kernels.gpu import bands
 from posjax.kernels.gpu.backward_keys import KEYS, key_gradients
 from posjax.kernels.gpu.backward_queries import query_gradients
 from posjax.kernels.gpu.forward import forward
 from posjax.kernels.gpu.gradients import HALF, dx_unit
-from posjax.kernels.gpu.layout import interpreting
 from posjax.kernels.gpu.plan import GROUPS, ROWS, Contextual, Plan
-from posjax.kernels.gpu.support import SIZES, unsupported
+from posjax.kernels.gpu.support import SIZES
 from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
 from posjax.kernels.padding import padded, same_heads
+from posjax.kernels.parts import contextual, relatives
+from posjax.kernels.platforms import gpu_interpreter
 from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.masks import Mask
+from posjax.problem import Problem
 from posjax.types import Array, Num
 
-__all__ = ["attention"]
+__all__ = ["run"]
 
 
-def attention(
-    query: Num[Array, "B T N H"],
-    key: Num[Array, "B S K H"],
-    value: Num[Array, "B S K E"],
-    bias: Bias | None,
-    mask: Mask,
-    *,
-    scale: float,
-    blocks: GpuBlocks | None = None,
-) -> Num[Array, "B T N E"]:
+def run(problem: Problem, blocks: GpuBlocks | None = None) -> Num[Array, "B T N E"]:
     """Attention by the GPU kernels; a query that may attend to nothing gives 0.
 
-    Where the positions of a `RelativeBias` turn out not to rise by one from token to token (see
-    `distances.is_regular`), this is `kernels.blockwise`.
+    With a `RelativeBias` positions must be contiguous (`distances.positions_are_contiguous`).
 
     Args:
         blocks: None: those of `kernels.blocks`.
-
-    Raises:
-        NotImplementedError: for what `unsupported` names.
     """
-    reason = unsupported(query, value, bias, mask)
-    if reason is not None:
-        raise NotImplementedError(f'{reason}; use implementation="xla".')
-    run = functools.partial(_by_kernels, scale=scale, blocks=blocks)
-    by_distance = relatives(bias)
-    if not by_distance:
-        return run(query, key, value, bias, mask)
-    return where_regular(run, by_distance, query, key, value, bias, mask, scale)
-
-
-def _by_kernels(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Bias | None,
-    mask: Mask,
-    *,
-    scale: float,
-    blocks: GpuBlocks | None,
-) -> Array:
-    by_distance, bias = relatives(bias), contextual(bias)
+    query, key, value = problem.query, problem.key, problem.value
+    mask, scale = problem.mask, problem.scale
+    by_distance, bias = relatives(problem.bias), contextual(problem.bias)
     size = next(size for size in SIZES if size >= max(query.shape[3], value.shape[3]))
     if blocks is None:
         positions = 0 if bias is None else bias.num_positions
@@ -90,7 +58,7 @@ def _by_kernels(
         contextual=_contextual(bias, scale),
         relative=bool(by_distance),
         trained=bool(jax.tree.leaves([part.params for part in by_distance])),
-        emulated=interpreting(),
+        emulated=gpu_interpreter() is not None,
     )
     ranges = walk_ranges(mask, ROWS, blocks.key)
     of_keys = walk_ranges(mask, ROWS, KEYS, of_keys=True)

@@ -1,10 +1,8 @@
 """Shared memory, barriers, and how the kernels are started."""
 
-import contextlib
-import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,14 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.gpu.plan import GROUPS, ROWS
+from posjax.kernels.platforms import gpu_interpreter
 from posjax.types import Array, Num
 
 __all__ = [
     "Barriers",
     "Refs",
     "fits",
-    "interpreted",
-    "interpreting",
     "launch",
     "matrix",
     "per_row",
@@ -36,26 +33,6 @@ Refs = dict
 _ROOM = (227 - 3) * 1024
 # Where arrays in it begin.
 _ALIGNMENT = 1024
-_params: contextvars.ContextVar = contextvars.ContextVar("params", default=None)
-
-
-@contextlib.contextmanager
-def interpreted(params) -> Iterator[None]:
-    """Kernels that are started inside run in Pallas's interpreter, with these parameters.
-
-    Args:
-        params: `plgpu.InterpretGPUParams` (jax 0.11 or newer).
-    """
-    token = _params.set(params)
-    try:
-        yield
-    finally:
-        _params.reset(token)
-
-
-def interpreting() -> bool:
-    """Whether kernels run in the interpreter."""
-    return _params.get() is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +147,7 @@ def launch(
         num_threads=groups + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=_params.get(),
+        interpret=gpu_interpreter(),
         kernel_name=name,
     )
     return dict(zip(outputs, run(*inputs.values()), strict=True))

@@ -1,4 +1,4 @@
-"""Attention on TPUs: what is supported, the layout that the kernels want, and gradients.
+"""Attention on TPUs: the layout that the kernels need, and gradients.
 
 output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the keys j that i sees
 """
@@ -9,13 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
-from posjax.kernels.addends import contextual, refused, relatives
 from posjax.kernels.blocks import TpuBlocks, tpu_generation, tpu_sizes
 from posjax.kernels.common import LOG2E
-from posjax.kernels.distances import where_regular
 from posjax.kernels.padding import padded, same_heads
+from posjax.kernels.parts import contextual, relatives
 from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.kernels.tpu import counting, relative
 from posjax.kernels.tpu.backward import backward
@@ -23,72 +21,35 @@ from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.gradients import unit
 from posjax.kernels.tpu.plan import LANES, Contextual, Plan, interleave
 from posjax.masks import Mask
-from posjax.types import Array, Num, Shaped
+from posjax.problem import Problem
+from posjax.types import Array, Num
 
-__all__ = ["attention", "unsupported"]
-
-
-def unsupported(query: Shaped, bias: Bias | None, mask: Mask) -> str | None:
-    """Why these kernels cannot do this, or None where they can."""
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"query has dtype {query.dtype}; the TPU kernels take float32 and bfloat16"
-    if mask.array is not None:
-        return "an explicit mask array has no block that the TPU kernels could leave out"
-    return refused(bias, "TPU")
+__all__ = ["run"]
 
 
-def attention(
-    query: Num[Array, "B T N H"],
-    key: Num[Array, "B S K H"],
-    value: Num[Array, "B S K E"],
-    bias: Bias | None,
-    mask: Mask,
-    *,
-    scale: float,
-    blocks: TpuBlocks | None = None,
-) -> Num[Array, "B T N E"]:
+def run(problem: Problem, blocks: TpuBlocks | None = None) -> Num[Array, "B T N E"]:
     """Attention by the TPU kernels; a query that may attend to nothing gives 0.
 
-    Where the positions of a `RelativeBias` turn out not to rise by one from token to token (see
-    `distances.is_regular`), this is `kernels.blockwise`.
+    With a `RelativeBias` positions must be contiguous (`distances.positions_are_contiguous`).
 
     Args:
         blocks: None: the fastest of the chip.
 
     Raises:
-        NotImplementedError: for what `unsupported` names.
         ValueError: blocks that do not fit a relative bias.
     """
-    reason = unsupported(query, bias, mask)
-    if reason is not None:
-        raise NotImplementedError(f'{reason}; use implementation="xla".')
-    lengths = query.shape[1], key.shape[1]
-    own = relatives(bias)
-    blocks = tpu_sizes(*lengths, relative=bool(own)) if blocks is None else blocks
-    run = functools.partial(_by_kernels, scale=scale, blocks=blocks)
-    if not own:
-        return run(query, key, value, bias, mask)
-    if not relative.fits(blocks):
+    query, key, value = problem.query, problem.key, problem.value
+    mask, scale = problem.mask, problem.scale
+    by_distance, bias = relatives(problem.bias), contextual(problem.bias)
+    if blocks is None:
+        blocks = tpu_sizes(query.shape[1], key.shape[1], relative=bool(by_distance))
+    if by_distance and not relative.fits(blocks):
         raise ValueError(
             f"{blocks} do not fit a relative bias; query must be a multiple of key / {LANES}, and "
             "at most key."
         )
-    return where_regular(run, own, query, key, value, bias, mask, scale)
-
-
-def _by_kernels(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Bias | None,
-    mask: Mask,
-    *,
-    scale: float,
-    blocks: TpuBlocks,
-) -> Array:
     length, keys = query.shape[1], key.shape[1]
     padding = -length % blocks.query, -keys % blocks.key
-    by_distance, bias = relatives(bias), contextual(bias)
     if scale == 0 and bias is not None and bias.gate_scale and bias.gate_key is None:
         # Gates come from the scaled products of query and key, of which nothing is left here.
         bias = dataclasses.replace(bias, gate_key=key)

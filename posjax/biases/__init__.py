@@ -4,7 +4,7 @@
 |------------|-------------------------------------------------------------------------------------|
 | base       | what a description is; an array                                                     |
 | relative   | a function of two positions                                                         |
-| total      | a sum of descriptions                                                               |
+| sum        | a sum of descriptions                                                               |
 | contextual | Contextual Position Encoding: a count of gates                                      |
 | running    | forget gates and stick-breaking: other sums along the keys                          |
 | tables     | trained vectors and factors of the relative position, for keys, queries and values  |

@@ -20,15 +20,16 @@ Inside kernels heads come before lengths: query [B, N, t, H], logits [B, N, t, s
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
+from posjax.axes import HEADS, Lettered, added_at, block_of, padded
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
 
-__all__ = ["ArrayBias", "Bias", "Tile", "as_bias"]
+__all__ = ["ArrayBias", "Bias", "Tile", "as_bias", "parts_of"]
 
 
 class Tile(NamedTuple):
@@ -42,19 +43,26 @@ class Tile(NamedTuple):
     scale: float  # of the attention logits
 
 
-class Bias(abc.ABC):
-    """A description of what is added to the scaled logits."""
+class Bias(Lettered, abc.ABC):
+    """A description of what is added to the scaled logits.
 
-    # Fields that have a query axis or a key axis: name -> (query axis or None, key axis or None).
-    axes: ClassVar[dict[str, tuple[int | None, int | None]]] = {}
+    A dataclass registered as a pytree, whose annotations name the axes of its arrays (see
+    `posjax.axes`): from these follow padding, blocks, shardings and parts of the heads.
+    """
+
     # Whether `tile` hands a running state from one block of keys to the next one on its left.
-    runs: ClassVar[bool] = False
+    has_state: ClassVar[bool] = False
     # Whether `weigh` adds to the weighted values.
     has_values: ClassVar[bool] = False
-    # Whether weights are a softmax of the logits, or exp(logits) as they stand (stick-breaking).
-    normalised: ClassVar[bool] = True
+    # Whether weights are a softmax of the logits, or exp(logits) as they are (stick-breaking).
+    uses_softmax: ClassVar[bool] = True
     # Whether keys on the left of where the bias has `finished` have weight 0, so the walk ends.
-    ends: ClassVar[bool] = False
+    zero_once_finished: ClassVar[bool] = False
+
+    @property
+    def only_dense(self) -> str | None:
+        """The reason why `tile` does not exist; None if it does."""
+        return next((part.only_dense for part in parts_of(self) if part.only_dense), None)
 
     @abc.abstractmethod
     def dense(
@@ -85,7 +93,7 @@ class Bias(abc.ABC):
     def weigh(
         self, rows: PyTree, tile: Tile, weights: Float[Array, "B N t s"]
     ) -> Float[Array, "B N t E"]:
-        """What is added to sum_j weights_ij value_j; linear in `weights`."""
+        """The addition to sum_j weights_ij value_j; linear in `weights`."""
         raise NotImplementedError(f"{type(self).__name__} adds nothing to values.")
 
     def start(self, shape: tuple[int, int, int], valid: Bool[Array, "#B t"] | None) -> PyTree:
@@ -99,7 +107,7 @@ class Bias(abc.ABC):
         """Whether no block further left needs the running state."""
         return jnp.asarray(False)
 
-    def check(self, query: Array, key: Array, is_causal: bool) -> None:  # noqa: B027
+    def check(self, query: Array, key: Array, is_causal: bool) -> None:
         """Checks that the description fits query [B, T, N, H] and key [B, S, K, H].
 
         Raises:
@@ -107,84 +115,42 @@ class Bias(abc.ABC):
         """
 
     def pad(self, queries: int, keys: int) -> Self:
-        """Zeros appended along the query and the key axis of every field that has one."""
-
-        def pad_field(value: Array, query_axis: int | None, key_axis: int | None) -> Array:
-            width = [(0, 0)] * value.ndim
-            for axis, amount in ((query_axis, queries), (key_axis, keys)):
-                if axis is not None:
-                    width[axis] = (0, amount)
-            return jnp.pad(value, width)
-
-        return self._with_fields(pad_field)
+        """Zeros appended along the query and the key axis of every array that has one."""
+        return self.map_arrays(lambda letters, x: padded(letters, x, {"T": queries, "S": keys}))
 
     def block(self, query_start: Any, query_size: int, key_start: Any, key_size: int) -> Self:
         """The description of one block of queries and keys."""
-
-        def slice_field(value: Array, query_axis: int | None, key_axis: int | None) -> Array:
-            parts = ((query_axis, query_start, query_size), (key_axis, key_start, key_size))
-            for axis, start, size in parts:
-                if axis is not None:
-                    value = jax.lax.dynamic_slice_in_dim(value, start, size, axis)
-            return value
-
-        return self._with_fields(slice_field)
+        where = {"T": (query_start, query_size), "S": (key_start, key_size)}
+        return self.map_arrays(lambda letters, x: block_of(letters, x, where))
 
     def add_block(self, part: Self, query_start: Any, key_start: Any) -> Self:
         """This description (of gradients) with a block's gradients added at their place."""
-        total = jax.tree.map(jnp.add, *(_without(x, self.axes) for x in (self, part)))
-
-        def add_field(value: Array, name: str) -> Array:
-            addend = getattr(part, name)
-            query_axis, key_axis = self.axes[name]
-            starts = [0] * value.ndim
-            for axis, start in ((query_axis, query_start), (key_axis, key_start)):
-                if axis is not None:
-                    starts[axis] = start
-            old = jax.lax.dynamic_slice(value, starts, addend.shape)
-            return jax.lax.dynamic_update_slice(value, old + addend, starts)
-
-        fields = {name: getattr(self, name) for name in self.axes}
-        added = {
-            name: add_field(value, name) for name, value in fields.items() if value is not None
-        }
-        return dataclasses.replace(total, **added)
-
-    def map_axes(self, on_axes: Callable[[Array], Any], elsewhere: Callable[[Array], Any]) -> Self:
-        """The description with functions applied to its arrays.
-
-        `on_axes` is for the fields in `axes` (they have a batch axis), `elsewhere` for the others.
-        """
-        mapped = jax.tree.map(elsewhere, _without(self, self.axes))
-        values = {name: getattr(self, name) for name in self.axes}
-        return dataclasses.replace(
-            mapped, **{n: on_axes(v) for n, v in values.items() if v is not None}
-        )
+        starts = {"T": query_start, "S": key_start}
+        return self.map_arrays(lambda letters, x, y: added_at(letters, x, y, starts), part)
 
     def can_split_heads(self, parts: int) -> bool:
         """Whether `parts` devices can each have the description of their own heads."""
-        return parts == 1
-
-    def map_heads(self, function: Callable[[Array, int], Any], others: Self) -> Self:
-        """`others`, with `function(array, axis of the heads)` for the fields that have one."""
-        return others
+        sizes = []
+        self.map_arrays(lambda letters, x: sizes.extend(_head_sizes(letters, x)))
+        return all(size == 1 or size % parts == 0 for size in sizes)
 
     def own_heads(self, part: Int[Array, ""], parts: int) -> Self:
-        """What `map_heads` could not split: the description of one of `parts` parts of the heads.
+        """The description of one of `parts` parts of the heads, if its arrays have been split.
 
-        Called on the device that has the part, for what `can_split_heads`.
+        Called on the device that has the part, after `can_split_heads`.
         """
-        return self
-
-    def _with_fields(self, function: Callable[..., Array]) -> Self:
-        """A copy with `function(value, query axis, key axis)` applied to each field in `axes`."""
-        values = {name: getattr(self, name) for name in self.axes}
-        changed = {n: function(v, *self.axes[n]) for n, v in values.items() if v is not None}
-        return dataclasses.replace(self, **changed)
+        return self.map_parts(lambda inner: inner.own_heads(part, parts))
 
 
-def _without(bias: Bias, names: Any) -> Bias:
-    return dataclasses.replace(bias, **dict.fromkeys(names))
+def parts_of(bias: Bias) -> list[Bias]:
+    """The descriptions that a description is made of; none for most."""
+    found = []
+    bias.map_parts(lambda part: found.append(part) or part)
+    return found
+
+
+def _head_sizes(letters: str, x: Array) -> list[int]:
+    return [size for letter, size in zip(letters, x.shape, strict=False) if letter in HEADS]
 
 
 def as_bias(bias: "Bias | Array | None") -> Bias | None:
@@ -195,10 +161,9 @@ def as_bias(bias: "Bias | Array | None") -> Bias | None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ArrayBias(Bias):
-    """A bias that stands in memory as an array."""
+    """A bias that is an array in memory."""
 
     array: Float[Array, "#B #N T S"] | None
-    axes: ClassVar = {"array": (2, 3)}
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The array itself, in float32."""
@@ -211,16 +176,5 @@ class ArrayBias(Bias):
     def check(self, query, key, is_causal):
         """The array must broadcast to [B, N, T, S], with full T and S."""
         batch, queries, heads, _ = query.shape
-        want = (batch, heads, queries, key.shape[1])
-        got = self.array.shape
-        fits = (
-            len(got) == 4
-            and got[2:] == want[2:]
-            and all(g in (1, w) for g, w in zip(got, want, strict=True))
-        )
-        if not fits:
-            raise ValueError(f"bias has shape {got}; it must be [B or 1, N or 1, T, S] = {want}.")
-        if not jnp.issubdtype(self.array.dtype, jnp.floating):
-            raise ValueError(
-                f"bias has dtype {self.array.dtype}; it must be a floating-point array."
-            )
+        checks.shape("bias", self.array, ((1, batch), (1, heads), queries, key.shape[1]))
+        checks.dtype("bias", self.array, jnp.floating)

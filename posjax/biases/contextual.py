@@ -24,16 +24,14 @@ class ContextualBias(Bias):
         bias  = bias_scale * interp(q_i . table, p_ij)              linear between rows of the table
 
     Departures: the derivative by p is the slope to the right at whole numbers, where the paper's
-        ceil/floor code
-    has slope 0, and it is 0 from p = P - 1 on. "From j to i" follows the order of the keys in
-    memory.
+    ceil/floor code has slope 0, and it is 0 from p = P - 1 on. "From j to i" follows the order of
+    the keys in memory.
 
     Args:
         table: float [P, H], shared by the heads, or [N, P, H].
-        gate_key: what takes the place of the key in the gates, [B, S, M, H] where M divides N;
-            None: the key.
-        gate_bias: scalar or [N]; None: 0. Infinity makes every gate 1: a relative table capped at P
-            - 1.
+        gate_key: replaces the key in the gates, [B, S, M, H] where M divides N; None: the key.
+        gate_bias: scalar or [N]; None: 0. `inf` forces every gate to 1, which gives a relative
+            table clipped at P - 1.
         gate_scale: None means the attention's own scale (the paper's Appendix B).
         bias_scale: 1 is the paper's Appendix B; the official repository's default is the
             attention's scale.
@@ -42,8 +40,7 @@ class ContextualBias(Bias):
 
     References:
         Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's
-        Important,
-        arXiv:2405.18719, equations 3 to 6 and Appendix B.
+        Important, arXiv:2405.18719, equations 3 to 6 and Appendix B.
     """
 
     table: Float[Array, "*N P H"]
@@ -54,8 +51,12 @@ class ContextualBias(Bias):
     direction: Literal["backward", "forward"] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
-    axes: ClassVar = {"gate_key": (None, 1)}
-    runs: ClassVar = True
+    has_state: ClassVar = True
+
+    @property
+    def only_dense(self) -> str | None:
+        """Blocks are walked from the query leftwards."""
+        return 'direction="forward" has no blockwise form' if self.direction == "forward" else None
 
     @property
     def num_positions(self) -> int:
@@ -101,10 +102,6 @@ class ContextualBias(Bias):
         """The block's bias; the count grows leftwards, and once finished the bias is 0."""
         if carry is None:
             return jnp.zeros((1, 1, 1, 1), jnp.float32), None
-        if self.direction == "forward":
-            raise NotImplementedError(
-                'direction="forward" has no blockwise form; use implementation="reference".'
-            )
         dots = tile.dots if self.gate_key is None else self._gate_dots(tile.query)
         gates = jnp.where(tile.allowed, jax.nn.sigmoid(self._gate_logits(dots, tile.scale)), 0.0)
         count = jax.lax.cumsum(gates, axis=3, reverse=True) + carry[..., None]
@@ -143,21 +140,6 @@ class ContextualBias(Bias):
                 'is_causal=True; for other masks say which way to count: direction="backward" '
                 '(from the last key seen) or "forward".'
             )
-
-    def can_split_heads(self, parts):
-        """One gate key for all heads can go to all devices; several must divide."""
-        heads = 1 if self.gate_key is None else self.gate_key.shape[2]
-        return heads == 1 or heads % parts == 0
-
-    def map_heads(self, function, others):
-        """A table of each head, gate keys and a bias of each head."""
-        fields = {"gate_key": 2}
-        fields |= {"table": 0} if self.table.ndim == 3 else {}
-        if self.gate_bias is not None and jnp.ndim(self.gate_bias) == 1:
-            fields["gate_bias"] = 0
-        split = {n: (getattr(self, n), axis) for n, axis in fields.items()}
-        mapped = {n: function(x, axis) for n, (x, axis) in split.items() if x is not None}
-        return dataclasses.replace(others, **mapped)
 
     def _gate_logits(self, dots: Array, scale: float) -> Array:
         logits = dots * (scale if self.gate_scale is None else self.gate_scale)

@@ -1,7 +1,6 @@
 """The description of SelfExtend: beyond a window, keys are seen from grouped positions."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +44,6 @@ class GroupedBias(Bias):
     query_positions: Num[Array, "#B T"] | None
     key_positions: Num[Array, "#B S"] | None
     window: int = dataclasses.field(metadata={"static": True})
-    axes: ClassVar = {
-        "query_features": (1, None),
-        "key_features": (None, 1),
-        "query_positions": (1, None),
-        "key_positions": (None, 1),
-    }
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The formula, literally."""

@@ -1,7 +1,6 @@
 """Descriptions that are products of a vector of each query and a vector of each key."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +42,6 @@ class ProductBias(Bias):
     key_features: Num[Array, "#B S M E"]
     factor: Float[Array, "*N"] | None = None
     scaled: bool = dataclasses.field(default=False, metadata={"static": True})
-    axes: ClassVar = {"query_features": (1, None), "key_features": (None, 1)}
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The whole product."""
@@ -105,11 +103,6 @@ class SinusoidBias(Bias):
     key_positions: Num[Array, "#B S"] | None = None
     base: float = dataclasses.field(default=10_000.0, metadata={"static": True})
     scaled: bool = dataclasses.field(default=True, metadata={"static": True})
-    axes: ClassVar = {
-        "key_logits": (None, 1),
-        "query_positions": (1, None),
-        "key_positions": (None, 1),
-    }
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The whole array, as one block."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ class RelativeBias(Bias):
             gradient.
         key_positions: likewise, [B or 1, S].
         distance_only: whether the function depends on the difference of the two positions alone,
-            query position - key position. The TPU and GPU kernels ask for it.
+            query position - key position. Only such biases run in the TPU and GPU kernels.
 
     >>> def distance(slope, i, j):
     ...     return -slope * (i[:, None, :, None] - j[:, None, None, :])
@@ -41,7 +40,6 @@ class RelativeBias(Bias):
     query_positions: Num[Array, "#B T"] | None = None
     key_positions: Num[Array, "#B S"] | None = None
     distance_only: bool = dataclasses.field(default=False, metadata={"static": True})
-    axes: ClassVar = {"query_positions": (1, None), "key_positions": (None, 1)}
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The function at all pairs of positions."""
@@ -67,12 +65,8 @@ class RelativeBias(Bias):
                 f"[1, N, 1, 1] with N = {query.shape[2]} query heads."
             )
 
-    def can_split_heads(self, parts):
-        """The function gives all heads, of which `own_heads` takes some."""
-        return True
-
     def own_heads(self, part, parts):
-        """The same function, cut."""
+        """The same function, of whose heads some are taken."""
         return dataclasses.replace(
             self, function=_SomeHeads(self.function, parts), params=(self.params, part)
         )

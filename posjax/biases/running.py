@@ -23,8 +23,8 @@ _EXCLUDED = -1e30
 class _RunningSum(Bias):
     """The sum over keys k between j and i of `steps`, which is carried from block to block."""
 
-    runs: ClassVar = True
-    ends: ClassVar = True
+    has_state: ClassVar = True
+    zero_once_finished: ClassVar = True
 
     def steps(
         self, dots: Array, allowed: Array, current: Array, scale: float
@@ -89,7 +89,6 @@ class ForgettingBias(_RunningSum):
     """
 
     log_gates: Float[Array, "B S N"]
-    axes: ClassVar = {"log_gates": (None, 1)}
 
     def steps(self, dots, allowed, current, scale):
         """Each token's gate; a key's own gate does not fade it."""
@@ -127,7 +126,7 @@ class StickBreakingBias(_RunningSum):
     """
 
     attend_current: bool = dataclasses.field(default=False, metadata={"static": True})
-    normalised: ClassVar = False
+    uses_softmax: ClassVar = False
 
     def steps(self, dots, allowed, current, scale):
         """log(1 - beta) of each key; the query's own token is excluded."""

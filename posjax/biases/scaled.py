@@ -1,7 +1,6 @@
 """A description multiplied by a number."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +38,16 @@ class ScaledBias(Bias):
     bias: Bias
     factor: float = dataclasses.field(metadata={"static": True})
     query_factor: float = dataclasses.field(default=1.0, metadata={"static": True})
-    axes: ClassVar = {}
 
     @property
-    def runs(self) -> bool:
+    def has_state(self) -> bool:
         """Whether the inner description has a running state."""
-        return self.bias.runs
+        return self.bias.has_state
 
     @property
-    def ends(self) -> bool:
+    def zero_once_finished(self) -> bool:
         """Whether weights that had become 0 still are: not where the bias has become smaller."""
-        return self.bias.ends and self.factor >= 1
+        return self.bias.zero_once_finished and self.factor >= 1
 
     @property
     def has_values(self) -> bool:
@@ -57,9 +55,9 @@ class ScaledBias(Bias):
         return self.bias.has_values
 
     @property
-    def normalised(self) -> bool:
-        """Whether the inner description wants a softmax; else `check` refuses it."""
-        return self.bias.normalised
+    def uses_softmax(self) -> bool:
+        """Whether the inner description uses a softmax; else `check` refuses it."""
+        return self.bias.uses_softmax
 
     def dense(self, query, key, **context):
         """The inner array, times the factor."""
@@ -84,36 +82,21 @@ class ScaledBias(Bias):
 
     def finished(self, carry):
         """As the inner description; never where it ends the walk and this does not."""
-        return jnp.asarray(False) if self.bias.ends != self.ends else self.bias.finished(carry)
+        return (
+            jnp.asarray(False)
+            if self.bias.zero_once_finished != self.zero_once_finished
+            else self.bias.finished(carry)
+        )
 
     def check(self, query, key, is_causal):
-        """The inner description checks itself; it must want a softmax."""
+        """The inner description checks itself; it must use a softmax."""
         for name in ("factor", "query_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"ScaledBias.{name} is {getattr(self, name)}; it must be above 0.")
-        if not self.normalised:
+        if not self.uses_softmax:
             inner = type(self.bias).__name__
             raise ValueError(f"{inner} has no softmax, so its logits cannot be scaled.")
         self.bias.check(query, key, is_causal)
-
-    def pad(self, queries, keys):
-        """The inner description padded."""
-        return self._around(self.bias.pad(queries, keys))
-
-    def block(self, *where):
-        """The inner description's block."""
-        return self._around(self.bias.block(*where))
-
-    def map_axes(self, on_axes, elsewhere):
-        """The inner description mapped."""
-        return self._around(self.bias.map_axes(on_axes, elsewhere))
-
-    def add_block(self, part, query_start, key_start):
-        """The inner gradients added."""
-        return self._around(self.bias.add_block(part.bias, query_start, key_start))
-
-    def _around(self, bias: Bias) -> "ScaledBias":
-        return dataclasses.replace(self, bias=bias)
 
     def _original(self, query: Num[Array, "*B H"]) -> Num[Array, "*B H"]:
         if self.query_factor == 1.0:

@@ -5,7 +5,7 @@ once, and a block of the bias picks from these products.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,6 @@ class ClippedTableBias(_ByDistance):
     key_positions: Num[Array, "#B S"] | None = None
     clip: tuple[int, int] = dataclasses.field(default=(16, 16), metadata={"static": True})
     scaled: bool = dataclasses.field(default=True, metadata={"static": True})
-    axes: ClassVar = {"key": (None, 1), "query_positions": (1, None), "key_positions": (None, 1)}
 
     @property
     def has_values(self) -> bool:
@@ -198,17 +197,22 @@ class MultiplierBias(_ByDistance):
         by_channel: whether w has a channel axis.
     """
 
-    multipliers: Float[Array, "*shape"]
+    multipliers: Float[Array, "*N P H"]
     key: Num[Array, "B S K H"] | None = None
     query_positions: Num[Array, "#B T"] | None = None
     key_positions: Num[Array, "#B S"] | None = None
     clip: tuple[int, int] = dataclasses.field(default=(16, 16), metadata={"static": True})
     absolute: bool = dataclasses.field(default=False, metadata={"static": True})
     by_channel: bool = dataclasses.field(default=False, metadata={"static": True})
-    axes: ClassVar = {"key": (None, 1), "query_positions": (1, None), "key_positions": (None, 1)}
+
+    def letters(self, name, ndim):
+        """Numbers for each head have no axis of channels."""
+        return (
+            "NP" if name == "multipliers" and not self.by_channel else super().letters(name, ndim)
+        )
 
     def tile(self, rows, tile, carry):
-        """The block, channel by channel where each has its own multipliers."""
+        """The block, channel by channel if each has its own multipliers."""
         relative = self._relative(tile)
         relative = jnp.abs(relative) if self.absolute else relative
         if self.by_channel:

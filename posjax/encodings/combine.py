@@ -1,6 +1,6 @@
 """Several position encodings at once."""
 
-from posjax.biases.total import BiasSum
+from posjax.biases.sum import BiasSum
 from posjax.encodings.base import PositionEncoding
 
 __all__ = ["Combine"]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.biases.relative import RelativeBias
+from posjax.biases.sum import BiasSum
 from posjax.biases.tables import ClippedTableBias, MultiplierBias
-from posjax.biases.total import BiasSum
 from posjax.encodings.base import PositionEncoding
 from posjax.positions import LengthError
 from posjax.types import Array, Float, Num, PyTree

@@ -31,7 +31,7 @@ class StickBreaking(PositionEncoding):
         Tan, Yang, Courville, Panda, Shen, Scaling Stick-Breaking Attention: An Efficient
         Implementation and In-depth Study, arXiv:2410.17980, section 2.
 
-    >>> StickBreaking().apply({}, *[None] * 5, method="bias").normalised
+    >>> StickBreaking().apply({}, *[None] * 5, method="bias").uses_softmax
     False
     """
 

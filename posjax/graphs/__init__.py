@@ -1,4 +1,4 @@
-"""Encodings of places in a graph, one file each; every `GraphEncoding` in this folder is exported.
+"""Encodings of places in a graph, one file and one line here each.
 
 Each is a Flax module from an adjacency matrix to vectors for the nodes, over pure functions.
 """
@@ -8,9 +8,11 @@ import importlib
 import inspect
 import pkgutil
 
-from posjax.graphs.base import GraphEncoding
-
-__all__ = ["GraphEncoding", "classes"]
+from posjax.graphs.base import GraphEncoding as GraphEncoding
+from posjax.graphs.laplacian import LapPE as LapPE
+from posjax.graphs.random_feature import RFP as RFP
+from posjax.graphs.random_walk import RWSE as RWSE
+from posjax.graphs.spe import SPE as SPE
 
 
 @functools.cache
@@ -28,7 +30,3 @@ def classes() -> dict[str, type[GraphEncoding]]:
             if own and issubclass(value, GraphEncoding) and value is not GraphEncoding:
                 found[name] = value
     return found
-
-
-globals().update(classes())
-__all__ += classes()

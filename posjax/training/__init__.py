@@ -1,11 +1,16 @@
 """Training: configs, mesh, state, step, loop, checkpoints, report, comparison."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from posjax.training.config import Config, MeshConfig, OptimizerConfig, TrainConfig
+from posjax.training.config import Config as Config
+from posjax.training.config import MeshConfig as MeshConfig
+from posjax.training.config import OptimizerConfig as OptimizerConfig
+from posjax.training.config import TrainConfig as TrainConfig
 
-__all__ = ["Config", "MeshConfig", "OptimizerConfig", "TrainConfig", "compare_encodings", "fit"]
+if TYPE_CHECKING:
+    from posjax.training.compare import compare_encodings as compare_encodings
+    from posjax.training.loop import fit as fit
 
 _LATER = {"fit": "loop", "compare_encodings": "compare"}
 

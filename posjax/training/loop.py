@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from posjax.choice import implementations_used
+from posjax.implementations import implementations_used
 from posjax.models import Transformer
 from posjax.tasks.data import train_dataset
 from posjax.training.checkpoints import Checkpoints
@@ -257,15 +257,13 @@ class _Trainer:
         config = dataclasses.replace(self.config.model, scan_layers=False, remat=False)
         model = self.model.clone(config=config)
         init = lambda key, tokens: model.init(key, tokens)  # noqa: E731
-        with implementations_used() as used, jax.set_mesh(self.mesh):
-            jax.eval_shape(init, jax.random.key(0), tokens)
-        platform = self.mesh.devices.flat[0].platform
-        for name in ("tpu", "gpu"):
-            if name in used and platform != name:
-                raise ValueError(
-                    f'model.implementation="{name}" needs {name.upper()}s, but the devices are '
-                    f'{platform}s; leave it out to choose by the device, or use "xla"'
-                )
+        try:
+            with implementations_used() as used, jax.set_mesh(self.mesh):
+                jax.eval_shape(init, jax.random.key(0), tokens)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"model.implementation is {config.implementation!r}: {error}"
+            ) from error
         if not used:
             return ""
         if len(set(used)) == 1:

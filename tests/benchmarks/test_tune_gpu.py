@@ -35,9 +35,9 @@ def tuner(monkeypatch):
 def interpreter():
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("the interpreter came with jax 0.11.2")
-    from posjax.kernels.gpu.layout import interpreted
+    from posjax.kernels.platforms import interpreted_gpu
 
-    with interpreted(plgpu.InterpretGPUParams()):
+    with interpreted_gpu(plgpu.InterpretGPUParams()):
         yield
 
 

@@ -144,9 +144,9 @@ def test_a_scaled_description_keeps_what_its_inner_one_is():
     )
     inner = BiasSum((ContextualBias(table), distance))
     scaled = ScaledBias(inner, 2.0)
-    assert scaled.runs
-    assert scaled.normalised
-    assert not scaled.ends
+    assert scaled.has_state
+    assert scaled.uses_softmax
+    assert not scaled.zero_once_finished
     assert not scaled.has_values
     dense = scaled.dense(X, Y, **CONTEXT)
     np.testing.assert_allclose(dense, 2 * inner.dense(X, Y, **CONTEXT), rtol=1e-6)
@@ -161,7 +161,7 @@ def test_forgotten_keys_come_back_where_logits_shrink(factor):
     """A gate of exp(-60) hides all keys before it, unless its bias is scaled down."""
     gates = jnp.zeros((1, 13, 2)).at[0, ::3].set(-60.0)
     bias = ScaledBias(ForgettingBias(gates), factor)
-    assert bias.ends == (factor >= 1)
+    assert bias.zero_once_finished == (factor >= 1)
     got = dot_product_attention(X, Y, Z, bias, is_causal=True, implementation="xla")
     dense = ArrayBias(bias.dense(X, Y, **CONTEXT))
     want = dot_product_attention(X, Y, Z, dense, is_causal=True, implementation="reference")

@@ -31,9 +31,9 @@ CASE = Case(
 
 @pytest.fixture
 def interpreter():
-    from posjax.kernels.gpu.layout import interpreted
+    from posjax.kernels.platforms import interpreted_gpu
 
-    with interpreted(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted_gpu(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
 

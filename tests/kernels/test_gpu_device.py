@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.kernels.gpu.layout import interpreted
 from posjax.kernels.gpu.tables import tables
+from posjax.kernels.platforms import interpreted_gpu
 from tests.cases import problem, run_with_gradients
 from tests.conftest import has_hopper
 from tests.kernels import gpu_steps
@@ -45,7 +45,7 @@ def emulated():
     elif not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("the interpreter came with jax 0.11.2")
     else:
-        with interpreted(plgpu.InterpretGPUParams()):
+        with interpreted_gpu(plgpu.InterpretGPUParams()):
             yield True
 
 

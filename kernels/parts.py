@@ -3,9 +3,9 @@
 from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
 from posjax.biases.relative import RelativeBias
-from posjax.biases.total import addends
+from posjax.biases.sum import addends
 
-__all__ = ["contextual", "refused", "relatives"]
+__all__ = ["contextual", "relatives", "unsupported_bias"]
 
 
 def contextual(bias: Bias | None) -> ContextualBias | None:
@@ -18,8 +18,8 @@ def relatives(bias: Bias | None) -> list[RelativeBias]:
     return [part for part in addends(bias) if isinstance(part, RelativeBias)]
 
 
-def refused(bias: Bias | None, chip: str) -> str | None:
-    """Why the kernels for this kind of chip cannot do a part, or None where they can."""
+def unsupported_bias(bias: Bias | None, chip: str) -> str | None:
+    """The reason why the kernels for this kind of chip cannot do a part; None if they can."""
     parts = addends(bias)
     for part in parts:
         if isinstance(part, RelativeBias) and not part.distance_only:

@@ -1,7 +1,6 @@
 """Several descriptions added up."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +26,16 @@ class BiasSum(Bias):
     """
 
     parts: tuple[Bias, ...]
-    axes: ClassVar = {}
 
     @property
-    def runs(self) -> bool:
+    def has_state(self) -> bool:
         """Whether a part has a running state."""
-        return any(part.runs for part in self.parts)
+        return any(part.has_state for part in self.parts)
 
     @property
-    def ends(self) -> bool:
+    def zero_once_finished(self) -> bool:
         """Whether the walk may end where all parts with a running state have finished."""
-        return any(part.ends for part in self.parts)
+        return any(part.zero_once_finished for part in self.parts)
 
     @property
     def has_values(self) -> bool:
@@ -71,44 +69,14 @@ class BiasSum(Bias):
     def finished(self, carry):
         """Whether every part with a running state is finished."""
         pairs = zip(self.parts, carry, strict=True)
-        return jnp.all(jnp.stack([part.finished(c) for part, c in pairs if part.runs]))
+        return jnp.all(jnp.stack([part.finished(c) for part, c in pairs if part.has_state]))
 
     def check(self, query, key, is_causal):
         """Each part checks itself; a part that is no softmax stands alone."""
-        alone = [type(part).__name__ for part in self.parts if not part.normalised]
+        alone = [type(part).__name__ for part in self.parts if not part.uses_softmax]
         if alone:
             raise ValueError(
                 f"{alone[0]} replaces softmax, so other biases cannot be added to it; use it alone."
             )
         for part in self.parts:
             part.check(query, key, is_causal)
-
-    def pad(self, queries, keys):
-        """Each part padded."""
-        return BiasSum(tuple(part.pad(queries, keys) for part in self.parts))
-
-    def block(self, *where):
-        """Each part's block."""
-        return BiasSum(tuple(part.block(*where) for part in self.parts))
-
-    def map_axes(self, on_axes, elsewhere):
-        """Each part mapped."""
-        return BiasSum(tuple(part.map_axes(on_axes, elsewhere) for part in self.parts))
-
-    def can_split_heads(self, parts):
-        """Whether all parts can."""
-        return all(part.can_split_heads(parts) for part in self.parts)
-
-    def map_heads(self, function, others):
-        """Each part mapped."""
-        pairs = zip(self.parts, others.parts, strict=True)
-        return BiasSum(tuple(part.map_heads(function, other) for part, other in pairs))
-
-    def own_heads(self, part, parts):
-        """Each part's own heads."""
-        return BiasSum(tuple(one.own_heads(part, parts) for one in self.parts))
-
-    def add_block(self, part, query_start, key_start):
-        """Each part's gradients added."""
-        pairs = zip(self.parts, part.parts, strict=True)
-        return BiasSum(tuple(total.add_block(new, query_start, key_start) for total, new in pairs))

@@ -1,0 +1,144 @@
+"""An attention call whose arguments have been checked; every implementation takes it as it is."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax import checks
+from posjax.axes import Lettered
+from posjax.biases.base import Bias, as_bias
+from posjax.masks import Mask, Tokens
+from posjax.types import Array, Bool, Float, Int, Num, Window
+
+__all__ = ["Problem"]
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem(Lettered):
+    """Attention to compute: query, key, value, a description of the bias, the mask and the scale.
+
+    A pytree. K divides N, and query head n uses key head n // (N / K). `Problem.of` checks
+    everything once, and nothing that takes a problem checks it again.
+    """
+
+    query: Num[Array, "B T N H"]
+    key: Num[Array, "B S K H"]
+    value: Num[Array, "B S K E"]
+    bias: Bias | None
+    mask: Mask
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        query: Num[Array, "B T N H"],
+        key: Num[Array, "B S K H"],
+        value: Num[Array, "B S K E"],
+        bias: Bias | Float[Array, "#B #N T S"] | None = None,
+        mask: Bool[Array, "#B #N T S"] | None = None,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+        query_positions: Int[Array, "#B T"] | Int[Array, "T"] | None = None,
+        key_positions: Int[Array, "#B S"] | Int[Array, "S"] | None = None,
+        query_segment_ids: Int[Array, "#B T"] | None = None,
+        key_segment_ids: Int[Array, "#B S"] | None = None,
+        local_window_size: Window = None,
+    ) -> Self:
+        """The problem of these arguments, which are those of `posjax.dot_product_attention`.
+
+        Shapes and dtypes are enough for query, key and value (`jax.ShapeDtypeStruct`).
+
+        Raises:
+            ValueError: arguments that do not fit together, named with their values.
+        """
+        _check_arrays(query, key, value)
+        is_causal = bool(checks.flag("is_causal", is_causal))
+        bias = as_bias(bias)
+        if bias is not None:
+            bias.check(query, key, is_causal)
+        key_segment_ids = _key_segments(query, key, query_segment_ids, key_segment_ids)
+        mask = Mask(
+            query=_tokens("query", query, query_positions, query_segment_ids),
+            key=_tokens("key", key, key_positions, key_segment_ids),
+            array=_checked_mask(mask, query, key),
+            is_causal=is_causal,
+            window=_window(local_window_size),
+            has_given_positions=query_positions is not None or key_positions is not None,
+        )
+        return cls(query, key, value, bias, mask, _checked_scale(scale, query.shape[3]))
+
+    def with_own_heads(self, part: Int[Array, ""], parts: int) -> Self:
+        """The problem of one of `parts` parts of the heads, if its arrays have been split."""
+        if self.bias is None:
+            return self
+        return dataclasses.replace(self, bias=self.bias.own_heads(part, parts))
+
+
+def _check_arrays(query: Array, key: Array, value: Array) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        checks.shape(name, x, ("batch", "length", "heads", "head size"), empty=False)
+        checks.dtype(name, x, _DTYPES)
+        same = x.dtype == query.dtype
+        checks.require(f"{name}.dtype", str(x.dtype), same, f"query's, {query.dtype}")
+    (batch, _, heads, size), (_, length, kv_heads, _) = query.shape, key.shape
+    checks.shape("key", key, (batch, length, kv_heads, size))
+    checks.shape("value", value, (batch, length, kv_heads, "head size"))
+    if heads % kv_heads:
+        raise ValueError(f"key has {kv_heads} heads; it must be a divisor of query's {heads}.")
+
+
+def _tokens(name: str, x: Array, positions: Array | None, segment_ids: Array | None) -> Tokens:
+    batch, length = x.shape[:2]
+    if positions is None:
+        positions = jnp.arange(length, dtype=jnp.int32)
+    positions = checks.rows(f"{name}_positions", positions, batch, length)
+    if segment_ids is not None:
+        segment_ids = checks.rows(f"{name}_segment_ids", segment_ids, batch, length)
+    return Tokens(positions, segment_ids)
+
+
+def _key_segments(
+    query: Array, key: Array, of_queries: Array | None, of_keys: Array | None
+) -> Array | None:
+    """Those of the keys; the queries' if there are equally many."""
+    if of_queries is None and of_keys is not None:
+        raise ValueError("query_segment_ids is None; it must be given, as key_segment_ids is.")
+    if of_queries is not None and of_keys is None:
+        queries, keys = query.shape[1], key.shape[1]
+        if queries != keys:
+            raise ValueError(
+                "key_segment_ids is None; it must be given with query_segment_ids, because there "
+                f"are {queries} queries and {keys} keys."
+            )
+        return of_queries
+    return of_keys
+
+
+def _checked_mask(mask: Array | None, query: Array, key: Array) -> Array | None:
+    if mask is not None:
+        (batch, queries, heads, _), keys = query.shape, key.shape[1]
+        checks.dtype("mask", mask, jnp.bool_)
+        checks.shape("mask", mask, ((1, batch), (1, heads), queries, keys))
+    return mask
+
+
+def _window(window: Any) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = (window, window) if isinstance(window, int | np.integer) else window
+    left, right = checks.integers("local_window_size", pair, count=2, low=0)
+    return int(left), int(right)
+
+
+def _checked_scale(scale: float | None, size: int) -> float:
+    if isinstance(scale, jax.Array):
+        raise ValueError("scale is an array; it must be a Python number (scale the query instead).")
+    checks.number("scale", scale, optional=True)
+    return size**-0.5 if scale is None else float(scale)
