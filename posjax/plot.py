@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 
 from posjax.biases.contextual import ContextualBias
 from posjax.encodings import registry
-from posjax.encodings.base import PositionEncoding, Sizes
+from posjax.encodings.base import PositionEncoding, Side, Sizes
+from posjax.encodings.stream import stream_of
 from posjax.types import Array, Float, Int
 
 __all__ = ["Picture", "draw", "main", "picture"]
@@ -62,13 +63,15 @@ class _Probe(nn.Module):
         rows = jnp.arange(length, dtype=jnp.int32)
         indices, _ = encoding.positions(tokens, rows[None])
         embedded = encoding.embed(content, indices)
-        stream = encoding.enter(embedded, encoding.keep(embedded), indices, rows)
-        memory = encoding.remember(content, sizes, encoding.begin(indices, sizes))
+        of_stream = stream_of(encoding)
+        inputs = of_stream.stream_inputs(embedded)
+        stream = of_stream.update_stream(embedded, inputs, indices, rows)
+        memory = encoding.cache(content, sizes, of_stream.init_state(indices, sizes))
         heads = (*content.shape[:2], sizes.heads, sizes.head_size)
         plain = content.reshape(heads)
-        query, key = encoding.rotate(plain, plain, indices, indices, memory, memory)
-        shared = encoding.shared(sizes)
-        bias = encoding.bias(query, key, plain, indices, indices, memory, shared)
+        side = Side(plain, indices, memory, plain)
+        query, key = encoding.rotate(side, side)
+        bias = encoding.bias(side._replace(x=query), side._replace(x=key), encoding.shared(sizes))
         scale = sizes.head_size**-0.5
         logits = scale * jnp.einsum("btnh,bsnh->bnts", query, key)
         counts = None

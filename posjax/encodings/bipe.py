@@ -93,21 +93,11 @@ class BiPE(Wrapper):
         placed = (embeddings.astype(jnp.float32) + rows).astype(embeddings.dtype)
         return self.encoding.embed(placed, indices.segment)
 
-    def begin(self, indices, sizes):
-        """As the encoding inside, for segments."""
-        return self.encoding.begin(indices.segment, sizes)
-
-    def enter(self, stream, kept, indices, rows):
-        """As the encoding inside, for segments."""
-        return self.encoding.enter(stream, kept, indices.segment, rows)
-
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """As the encoding inside, for segments."""
-        own = query_indices.segment, key_indices.segment
-        return self.encoding.rotate(query, key, *own, query_memory, key_memory)
-
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """As the encoding inside, for segments, times bias_factor."""
-        own = query_indices.segment, key_indices.segment
-        bias = self.encoding.bias(query, key, value, *own, memory, shared)
+        bias = super().bias(query, key, shared)
         return bias if bias is None or self.bias_factor == 1 else ScaledBias(bias, self.bias_factor)
+
+    def inner_indices(self, indices):
+        """Numbers of segments."""
+        return indices.segment

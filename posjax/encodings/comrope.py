@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import turn
+from posjax.encodings.rotary import turn
 from posjax.frequencies import rope_frequencies
 from posjax.grids import grid_positions
 from posjax.types import Array, Float, Num
@@ -136,9 +136,10 @@ class ComRoPE(PositionEncoding):
         Yu et al., ComRoPE: Scalable and Robust Rotary Position Embedding Parameterized by Trainable
         Commuting Angle Matrices, arXiv:2506.03737, section 4.
 
-    >>> x, p = jnp.ones((1, 1, 1, 8)), jnp.array([[3]])
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 1, 1, 8)), jnp.array([[3]]))
     >>> (query, _), variables = ComRoPE.text().init_with_output(
-    ...     jax.random.key(0), x, x, p, p, method="rotate"
+    ...     jax.random.key(0), side, side, method="rotate"
     ... )
     >>> variables["params"]["angles"].shape
     (1, 4, 2, 2)
@@ -186,15 +187,15 @@ class ComRoPE(PositionEncoding):
         return positions if self.grid is None else grid_positions(positions, self.grid), carry
 
     @nn.compact
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """Query and key, turned by their own positions with this layer's angles."""
-        axes, size = len(self.grid or (1,)), query.shape[-1]
+        axes, size = len(self.grid or (1,)), query.x.shape[-1]
         blocks = size // self.block_size
         if size % self.block_size or (self.kind == "axial" and blocks % axes):
             whole = f"{axes} x " if self.kind == "axial" and axes > 1 else ""
             wanted = f"a multiple of {whole}block_size={self.block_size}"
             raise ValueError(f"ComRoPE needs {wanted}, but the head size is {size}.")
-        shape = (key.shape[2], blocks, self.block_size, self.block_size)
+        shape = (key.x.shape[2], blocks, self.block_size, self.block_size)
         angles = self.param("angles", self._start(), shape, jnp.float32)
         multiplier = jnp.asarray(np.arange(axes)[:, None] == np.arange(blocks) % axes, jnp.float32)
         if self.kind == "linear":
@@ -202,11 +203,11 @@ class ComRoPE(PositionEncoding):
             start = nn.initializers.normal(1.0) if is_normal else nn.initializers.ones
             multiplier = self.param("multiplier", start, (axes, blocks), jnp.float32)
         query_amounts, key_amounts = (
-            jnp.einsum("bta,am->btm", self._scaled(indices), multiplier, precision="highest")
-            for indices in (query_indices, key_indices)
+            jnp.einsum("bta,am->btm", self._scaled(side.indices), multiplier, precision="highest")
+            for side in (query, key)
         )
-        query = rotate_blocks(query, query_amounts, angles)
-        return query, rotate_blocks(key, key_amounts, angles)
+        turned = rotate_blocks(query.x, query_amounts, angles)
+        return turned, rotate_blocks(key.x, key_amounts, angles)
 
     def _start(self) -> nn.initializers.Initializer:
         if self.start == "normal":

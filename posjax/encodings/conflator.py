@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from posjax.encodings.abacus import is_one_of
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, rotate
+from posjax.encodings.rope import rope_turn
+from posjax.encodings.rotary import Layout, Rotary, check_layout
 from posjax.types import Array, Bool, Int, Num
 
 __all__ = ["CONFLATOR", "Switches", "languages", "switching_positions"]
@@ -16,7 +16,7 @@ _UNKNOWN = -1
 
 
 class Switches(NamedTuple):
-    """What the tokens before these leave to those after them."""
+    """The state that tokens leave to those after them."""
 
     language: Int[Array, "B"]  # of the last token that has one; -1 for none yet
     direction: Int[Array, "B"]  # 1 or -1
@@ -101,7 +101,7 @@ def _latest(values: Array, marked: Bool[Array, "B T"], before: Array) -> Array:
     return jnp.where(latest > 0, found, before[:, None])
 
 
-class CONFLATOR(PositionEncoding):
+class CONFLATOR(Rotary):
     """RoPE by positions that restart, or turn round, at switching points between two languages.
 
         logit_ij = H^-0.5 rotate(q_i, index_i) . rotate(k_j, index_j)     (`switching_positions`)
@@ -124,7 +124,7 @@ class CONFLATOR(PositionEncoding):
         neutral: token ids of no language, which never switch; by default all ASCII but letters.
         rule: what happens at a switching point.
         base: of RoPE's frequencies; above 1.
-        layout: which channels are a pair, see `posjax.encodings.rope.turn`.
+        layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 
     References:
         Ali et al., CONFLATOR: Incorporating Switching Point based Rotatory Positional Encodings for
@@ -163,7 +163,7 @@ class CONFLATOR(PositionEncoding):
         return cls(rule="flip")
 
     def positions(self, tokens, positions, carry=None, *, segment_ids=None, deterministic=True):
-        """Indices that notice switching points; the carry is what the last token leaves."""
+        """Indices that notice switching points; the carry is the state after the last token."""
         starts = None
         if segment_ids is not None:
             changes = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -171,7 +171,6 @@ class CONFLATOR(PositionEncoding):
         spoken = languages(tokens, self.second, self.neutral)
         return switching_positions(spoken, positions, carry, starts=starts, rule=self.rule)
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their indices."""
-        settings = {"base": self.base, "layout": self.layout}
-        return rotate(query, query_indices, **settings), rotate(key, key_indices, **settings)
+    def turn_of(self, side):
+        """RoPE's angles at the indices."""
+        return rope_turn(side.indices, side.x.shape[-1], self.base)

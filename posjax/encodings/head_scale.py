@@ -38,7 +38,7 @@ class HeadScale(PositionEncoding):
     Every length is defined. Tested against a transcription of the formula.
 
     Args:
-        initial: the scales at the start, or always where they are not trained; at least
+        initial: the scales at the start, or always if they are not trained; at least
             lower_bound.
         lower_bound: above 0.
         trained: whether they are parameters.
@@ -48,8 +48,9 @@ class HeadScale(PositionEncoding):
         without Position Encoding, arXiv:2404.12224.
 
     >>> from jax import random
-    >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
-    >>> HeadScale(initial=1.5).init(random.key(0), x, x, p, p, method="rotate")
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
+    >>> HeadScale(initial=1.5).init(random.key(0), side, side, method="rotate")
     {'params': {'scale': Array([1.5, 1.5], dtype=float32)}}
     """
 
@@ -76,10 +77,10 @@ class HeadScale(PositionEncoding):
         return cls(initial=1.2, trained=False)
 
     @nn.compact
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """The query times its heads' scales, and the key as it is."""
         if not self.trained:
-            return scale_heads(query, jnp.full((1,), self.initial, jnp.float32)), key
+            return scale_heads(query.x, jnp.full((1,), self.initial, jnp.float32)), key.x
         start = nn.initializers.constant(self.initial)
-        scale = self.param("scale", start, (query.shape[2],), jnp.float32)
-        return scale_heads(query, keep_within(scale, self.lower_bound, math.inf)), key
+        scale = self.param("scale", start, (query.x.shape[2],), jnp.float32)
+        return scale_heads(query.x, keep_within(scale, self.lower_bound, math.inf)), key.x

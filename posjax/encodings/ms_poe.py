@@ -5,8 +5,7 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, check_pairs, turn
+from posjax.encodings.rotary import Layout, Rotary, check_layout, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Int
 
@@ -16,7 +15,7 @@ __all__ = ["MsPoE", "ms_poe_ratios", "position_awareness"]
 def ms_poe_ratios(
     order: tuple[int, ...], min_ratio: float = 1.2, max_ratio: float = 1.8
 ) -> np.ndarray:
-    """min_ratio + (max_ratio - min_ratio) * order_n / N, what head n divides positions by.
+    """min_ratio + (max_ratio - min_ratio) * order_n / N, by which head n divides positions.
 
     >>> ms_poe_ratios((1, 0)).round(2).tolist()
     [1.5, 1.2]
@@ -46,8 +45,8 @@ def position_awareness(weights: Float[Array, "N T S"], threshold: float = 3.0) -
     return jnp.argsort(by_awareness).astype(jnp.int32)
 
 
-class MsPoE(PositionEncoding):
-    """RoPE with positions divided by a ratio of its own in each head, from min_ratio up.
+class MsPoE(Rotary):
+    """RoPE with positions divided by each head's own ratio, from min_ratio up.
 
         ratio_n = min_ratio + (max_ratio - min_ratio) order_n / N
         logit_ij = H^-0.5 rotate(q_i, i / ratio_n) . rotate(k_j, j / ratio_n)
@@ -71,14 +70,15 @@ class MsPoE(PositionEncoding):
         skip_layers: so many layers, from the first on, have plain RoPE; 2 in the paper. Their
             layers differ then, which `scan_layers` refuses.
         base: of RoPE's frequencies; above 1.
-        layout: which channels are a pair, see `posjax.encodings.rope.turn`.
+        layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 
     References:
         Zhang et al., Found in the Middle: How Language Models Use Long Contexts Better via
         Plug-and-Play Positional Encoding, arXiv:2403.04797, section 3.
 
-    >>> x, p = jnp.ones((1, 1, 2, 4)), jnp.array([[3]])
-    >>> query, _ = MsPoE().apply({}, x, x, p, p, method="rotate")
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 1, 2, 4)), jnp.array([[3]]))
+    >>> query, _ = MsPoE().apply({}, side, side, method="rotate")
     >>> [f"{channel:.2f}" for channel in query[0, 0, :, 0]]
     ['-1.33', '-1.40']
     """
@@ -117,21 +117,15 @@ class MsPoE(PositionEncoding):
             return self
         return self.clone(parent=None, min_ratio=1.0, max_ratio=1.0)
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their positions over their group's ratio."""
-        heads, size = query.shape[2:]
+    def turns(self, query, key):
+        """RoPE's angles at positions over the ratio of the group."""
+        heads, size = query.x.shape[2:]
         check_pairs("MsPoE", size)
         order = tuple(reversed(range(heads))) if self.order is None else self.order
         if len(order) != heads:
             raise ValueError(f"MsPoE order is for {len(order)} heads, but query has {heads}.")
-        group = heads // key.shape[2]
+        group = heads // key.x.shape[2]
         ratios = ms_poe_ratios(order, self.min_ratio, self.max_ratio)[::group]
         slowed = rope_frequencies(size, self.base)[None, :] / ratios[:, None]
-
-        def turned(x, positions, frequencies):
-            frequencies = jnp.asarray(frequencies, jnp.float32)[None, None, :, :]
-            angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-            return turn(x, angles, layout=self.layout)
-
         queries = np.repeat(slowed, group, axis=0)
-        return turned(query, query_indices, queries), turned(key, key_indices, slowed)
+        return turn_at(query.indices, queries), turn_at(key.indices, slowed)

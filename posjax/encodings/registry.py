@@ -24,7 +24,8 @@ COMPOSITIONS = {
     "cope+shaw.keys": "2405.18719",
 }
 _NO_ENCODING = "nope"
-_NOT_ENCODINGS = ("base", "registry", "wrapper")
+# Files of this folder that hold bases and families.
+_NOT_ENCODINGS = ("base", "distance", "registry", "rotary", "stream", "wrapper")
 
 
 @functools.cache

@@ -97,8 +97,9 @@ class T5Bias(PositionEncoding):
         Transformer, arXiv:1910.10683, section 2.1.
 
     >>> import jax
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
-    >>> T5Bias(share_layers=False).init(jax.random.key(0), x, x, x, p, p, method="bias")
+    >>> T5Bias(share_layers=False).init(jax.random.key(0), Side(x, p), Side(x, p), method="bias")
     {'params': {'table': ...}}
     """
 
@@ -130,13 +131,13 @@ class T5Bias(PositionEncoding):
         """The table of all layers, [num_buckets, N]; None where each layer has its own."""
         return self._table(sizes.heads) if self.share_layers else None
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The bias for query's heads."""
         if self.share_layers:
             check_shared("T5Bias", shared)
-        table = shared if self.share_layers else self._table(query.shape[2])
+        table = shared if self.share_layers else self._table(query.x.shape[2])
         function = BucketTable(self.num_buckets, self.max_distance, self.bidirectional)
-        return RelativeBias(function, table, query_indices, key_indices, distance_only=True)
+        return RelativeBias(function, table, query.indices, key.indices, distance_only=True)
 
     @nn.compact
     def _table(self, heads: int) -> Float[Array, "P N"]:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax.encodings.base import PositionEncoding
+from posjax.encodings.stream import stream_of
 from posjax.models.config import TransformerConfig
 from posjax.models.layers import Block, Context, LayerState, norm, write_all
 from posjax.positions import segment_positions, sequence_positions
@@ -106,7 +107,7 @@ class Transformer(nn.Module):
         )
         x = own.embed(embedding(tokens), context.query_indices)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        flow = x, own.begin(context.query_indices, config.sizes)
+        flow = x, stream_of(own).init_state(context.query_indices, config.sizes)
         x, layers = self._blocks(flow, own, context, cache, deterministic)
         logits = self._head(x, embedding)
         if cache is None and not keep:

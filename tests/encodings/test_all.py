@@ -20,7 +20,10 @@ from jax.sharding import PartitionSpec as P
 import posjax.kernels.blocks
 from posjax import dot_product_attention
 from posjax.encodings import registry
-from posjax.encodings.base import PositionEncoding
+from posjax.encodings.base import PositionEncoding, Side
+from posjax.encodings.distance import DistanceBias, TrainedBias
+from posjax.encodings.rotary import Rotary
+from posjax.encodings.stream import StreamEncoding, stream_of
 from posjax.models import Transformer, TransformerConfig, init_cache
 from posjax.positions import LengthError, segment_positions, sequence_positions
 
@@ -60,7 +63,7 @@ def model(name, **settings):
     """Dense, which compiles fast; "xla" where blocks matter."""
     encoding = registry.create(name)
     # A variant's settings show in one layer, unless something flows to the next one.
-    flows = type(encoding).advance is not PositionEncoding.advance
+    flows = isinstance(encoding, StreamEncoding)
     same = encoding.layer(0, 2) == encoding.layer(1, 2) and not flows
     layers = 1 if name in VARIANTS and same else SMALL.layers
     settings = {"implementation": "reference", "layers": layers} | settings
@@ -251,14 +254,16 @@ class Scores(nn.Module):
         encoding, sizes, length = self.encoding, SMALL.sizes, tokens.shape[1]
         indices, _ = encoding.positions(tokens, sequence_positions(BATCH, length))
         x = encoding.embed(x, indices)
-        x = encoding.enter(x, encoding.keep(x), indices, jnp.arange(length))
-        memory = encoding.remember(x, sizes, encoding.begin(indices, sizes))
+        stream = stream_of(encoding)
+        x = stream.update_stream(x, stream.stream_inputs(x), indices, jnp.arange(length))
+        memory = encoding.cache(x, sizes, stream.init_state(indices, sizes))
         query = nn.DenseGeneral((sizes.heads, sizes.head_size))(x)
         key, value = (nn.DenseGeneral((sizes.kv_heads, sizes.head_size))(x) for _ in range(2))
-        query, key = encoding.rotate(query, key, indices, indices, memory, memory)
-        shared = encoding.shared(sizes)
-        bias = encoding.bias(query, key, value, indices, indices, memory, shared)
-        return dot_product_attention(query, key, value, bias, is_causal=is_causal)
+        query, key = Side(query, indices, memory), Side(key, indices, memory, value)
+        turned = encoding.rotate(query, key)
+        query, key = query._replace(x=turned[0]), key._replace(x=turned[1])
+        bias = encoding.bias(query, key, encoding.shared(sizes))
+        return dot_product_attention(*turned, value, bias, is_causal=is_causal)
 
 
 @every
@@ -396,23 +401,18 @@ def test_an_unknown_name_says_the_nearest(name, words):
         registry.create(name)
 
 
-_HOOKS = [
-    "layer",
-    "embed",
-    "shared",
-    "begin",
-    "keep",
-    "enter",
-    "remember",
-    "rotate",
-    "bias",
-    "carried",
-    "advance",
-]
+def _hooks(base):
+    """The public methods of a base class; `positions` may pass keywords on as they are."""
+    public = [name for name, value in vars(base).items() if inspect.isfunction(value)]
+    return [name for name in public if name != "positions" and not name.startswith("_")]
 
 
 @pytest.mark.parametrize("cls", registry.classes().values())
-@pytest.mark.parametrize("hook", _HOOKS)
-def test_has_the_arguments_of_the_base_class(cls, hook):
-    wanted = inspect.signature(getattr(PositionEncoding, hook)).parameters
-    assert list(inspect.signature(getattr(cls, hook)).parameters) == list(wanted)
+@pytest.mark.parametrize(
+    "base", [PositionEncoding, StreamEncoding, Rotary, TrainedBias, DistanceBias]
+)
+def test_has_the_arguments_of_the_base_class(cls, base):
+    if issubclass(cls, base):
+        for hook in _hooks(base):
+            wanted = inspect.signature(getattr(base, hook)).parameters
+            assert list(inspect.signature(getattr(cls, hook)).parameters) == list(wanted), hook
