@@ -1,7 +1,7 @@
 """Position encodings for attention in JAX: the position encoding is an argument of attention.
 
-Importing this loads the attention function and the descriptions of biases. Encodings (`posjax.CoPE`,
-...) and subpackages (`posjax.models`, ...) are loaded when they are asked for.
+Importing this loads the attention function and the descriptions of biases. Encodings (such as
+`posjax.CoPE`) and subpackages (such as `posjax.models`) are loaded when they are asked for.
 """
 
 import importlib

@@ -18,7 +18,8 @@ import tyro
 from posjax import graphs, kernelized
 from posjax.attention import dot_product_attention
 from posjax.encodings import registry
-from posjax.encodings.base import PositionEncoding
+from posjax.encodings.base import PositionEncoding, Side
+from posjax.encodings.stream import stream_of
 from posjax.models import Transformer, TransformerConfig
 from posjax.types import Array, Int
 
@@ -56,12 +57,14 @@ class _Trace(nn.Module):
         in_training, _ = encoding.positions(tokens, own, deterministic=False)
         x = jnp.ones((*tokens.shape, MODEL.width))
         embedded = encoding.embed(x, indices)
-        entered = encoding.enter(embedded, encoding.keep(embedded), indices, own[0])
-        memory = encoding.remember(entered, sizes, encoding.begin(indices, sizes))
+        stream = stream_of(encoding)
+        inputs = stream.stream_inputs(embedded)
+        entered = stream.update_stream(embedded, inputs, indices, own[0])
+        memory = encoding.cache(entered, sizes, stream.init_state(indices, sizes))
         raw = jnp.ones((*tokens.shape, sizes.heads, size))
-        query, key = encoding.rotate(raw, raw + 0, indices, indices, memory, memory)
-        shared = encoding.shared(sizes)
-        bias = encoding.bias(query, key, raw, indices, indices, memory, shared)
+        side = Side(raw, indices, memory, raw)
+        query, key = encoding.rotate(side, side._replace(x=raw + 0))
+        bias = encoding.bias(side._replace(x=query), side._replace(x=key), encoding.shared(sizes))
         changed = {
             "1": any(x is not own for x in jax.tree.leaves((indices, in_training))),
             "2": embedded is not x or entered is not embedded,

@@ -82,8 +82,9 @@ class ALiBi(PositionEncoding):
         Ruoss et al., Randomized Positional Encodings Boost Length Generalization of Transformers,
         arXiv:2305.16843 (the asymmetric form).
 
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 1, 4)), jnp.array([[0, 1, 2]])
-    >>> bias = ALiBi().apply({}, x, x, x, p, p, method="bias")
+    >>> bias = ALiBi().apply({}, Side(x, p), Side(x, p), method="bias")
     >>> bias.function.slopes
     (0.00390625,)
     """
@@ -101,7 +102,7 @@ class ALiBi(PositionEncoding):
         """Keys before the query are half a step nearer, so that an encoder sees the direction."""
         return cls(left_bonus=0.5)
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The linear bias for query's heads."""
-        function = LinearDistance(alibi_slopes(query.shape[2]), self.left_bonus)
-        return RelativeBias(function, None, query_indices, key_indices, distance_only=True)
+        function = LinearDistance(alibi_slopes(query.x.shape[2]), self.left_bonus)
+        return RelativeBias(function, None, query.indices, key.indices, distance_only=True)

@@ -4,13 +4,12 @@ from typing import Self
 
 import jax.numpy as jnp
 
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, turn
+from posjax.encodings.rotary import Layout, Rotary, Turn, check_layout, turn
 from posjax.frequencies import rope_frequencies
 from posjax.grids import grid_positions
 from posjax.types import Array, Num
 
-__all__ = ["AxialRoPE", "axial_rotate"]
+__all__ = ["AxialRoPE", "axial_rotate", "axial_turn"]
 
 
 def axial_rotate(
@@ -20,7 +19,7 @@ def axial_rotate(
     base: float = 10_000.0,
     layout: Layout = "half",
 ) -> Num[Array, "B T N H"]:
-    """Turns the pairs of channels, an equal share of them by each of M coordinates.
+    """Turns pairs of channels, an equal share of them by each of M coordinates.
 
         angle of pair a P + m = position_a * base^(-m / P)     P = H / (2 M) pairs for each axis
         a = 0 ... M - 1,  m = 0 ... P - 1
@@ -36,25 +35,34 @@ def axial_rotate(
     >>> axial_rotate(jnp.ones((1, 1, 1, 4)), jnp.array([[[0, 0]]])).tolist()
     [[[[1.0, 1.0, 1.0, 1.0]]]]
     """
-    axes, size = positions.shape[-1], x.shape[-1]
-    if size % (2 * axes):
+    return turn(x, *axial_turn(positions, x.shape[-1], base), layout=layout)
+
+
+def axial_turn(positions: Num[Array, "#B T M"], head_size: int, base: float = 10_000.0) -> Turn:
+    """The turn of `axial_rotate`.
+
+    >>> axial_turn(jnp.array([[[2, 3]]]), 4).angles.tolist()
+    [[[[2.0, 3.0]]]]
+    """
+    axes = positions.shape[-1]
+    if head_size % (2 * axes):
         raise ValueError(
-            f"head size is {size}; {axes} axes of pairs need a multiple of {2 * axes}."
+            f"head size is {head_size}; {axes} axes of pairs need a multiple of {2 * axes}."
         )
-    frequencies = jnp.asarray(rope_frequencies(size // axes, base), jnp.float32)
+    frequencies = jnp.asarray(rope_frequencies(head_size // axes, base), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, None, :]
-    return turn(x, angles.reshape(*positions.shape[:2], 1, size // 2), layout=layout)
+    return Turn(angles.reshape(*positions.shape[:2], 1, head_size // 2))
 
 
-class AxialRoPE(PositionEncoding):
+class AxialRoPE(Rotary):
     """RoPE in two dimensions: half of the channels turned by the row, half by the column.
 
         index -> (row, column) = (floor(index / width), index mod width)
         logit_ij = H^-0.5 rotate(q_i, row_i, column_i) . rotate(k_j, row_j, column_j)
 
-    `axial_rotate` is the pure form for any number of axes. It puts the angles of both axes behind
-    one another and pairs channels after that. Interleaved, so does RoPE-ViT's code; in halves, so
-    do the vision towers of Qwen2-VL. The paper's learned directions ("mixed") are not here; those
+    `axial_rotate` is the pure form for any number of axes. It concatenates the angles of the axes
+    and then pairs channels, as RoPE-ViT's code does with the interleaved layout, and the vision
+    towers of Qwen2-VL with halves. The paper's learned directions ("mixed") are not here; those
     that commute are `ComRoPE`.
 
     Every row is defined. Beyond the trained rows the slow pairs reach angles never seen.
@@ -63,8 +71,8 @@ class AxialRoPE(PositionEncoding):
 
     Args:
         width: columns of the grid; at least 1.
-        base: above 1; RoPE-ViT has 100, since images have few rows.
-        layout: which channels are a pair, see `posjax.encodings.rope.turn`.
+        base: above 1; 100 in RoPE-ViT, since images have few rows.
+        layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 
     References:
         Heo, Park, Han, Yun, Rotary Position Embedding for Vision Transformer, arXiv:2403.13298,
@@ -96,8 +104,6 @@ class AxialRoPE(PositionEncoding):
         """Row and column of each token, [B, T, 2]."""
         return grid_positions(positions, (1, self.width)), carry
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their rows and columns."""
-        settings = {"base": self.base, "layout": self.layout}
-        query = axial_rotate(query, query_indices, **settings)
-        return query, axial_rotate(key, key_indices, **settings)
+    def turn_of(self, side):
+        """The angles of row and column."""
+        return axial_turn(side.indices, side.x.shape[-1], self.base)

@@ -1,33 +1,42 @@
 """The four places where a position encoding acts, with neutral defaults.
 
 An encoding is a Flax Linen module over pure functions. A Linen module is a frozen dataclass, so the
-unbound module *is* the configuration: `CoPE(num_positions=64)` stands in a config file as it is.
-Adding an encoding adds one file to this folder: every subclass of `PositionEncoding` defined here
-is found by `posjax.encodings.registry`.
+unbound module *is* the configuration: `CoPE(num_positions=64)` in a config file is an encoding.
+Adding an encoding adds one file to this folder, which `posjax.encodings.registry` finds by itself,
+and one line to its `__init__`. Most encodings belong to a family and say one thing:
 
-A model creates the encoding once for itself (places 1 and 2, `shared`, `begin`) and once in each
-layer (the rest, of `encoding.layer(index, layers)`); parameters exist only where a method that
-makes them is called. Data passes in this order:
+| family                                   | a subclass says                                   |
+|------------------------------------------|---------------------------------------------------|
+| `posjax.encodings.rotary.Rotary`         | its angles                                        |
+| `posjax.encodings.distance.DistanceBias` | its trained arrays and its function of distance   |
+| `posjax.encodings.stream.StreamEncoding` | what flows through the layers beside the tokens   |
+| `posjax.encodings.wrapper.Wrapper`       | what it changes around another encoding           |
 
-| place | once per model                                                        |
-|-------|-----------------------------------------------------------------------|
-| 1     | indices, carry = encoding.positions(tokens, positions, carry)         |
-| 2     | embeddings = encoding.embed(embeddings, indices)                      |
-|       | shared = encoding.shared(sizes)                                       |
-|       | state = encoding.begin(indices, sizes)                                |
-|       | **in every layer**                                                    |
-|       | stream = encoding.enter(stream, encoding.keep(stream), indices, rows) |
-|       | memory = encoding.remember(inputs, sizes, state)                      |
-| 3     | query, key = encoding.rotate(query, key, query_indices, key_indices,  |
-|       |                              query_memory, key_memory)                |
-| 4     | bias = encoding.bias(query, key, value, query_indices, key_indices,   |
-|       |                      key_memory, shared)                              |
-|       | mixed = attention of [value, encoding.carried(key_memory)]            |
-|       | state = encoding.advance(state, change, mixed)                        |
+A model creates the encoding once for itself (places 1 and 2, `shared`, `init_state`) and once in
+each layer (the rest, of `encoding.layer(index, layers)`); parameters exist only if a method that
+makes them is called. Data passes in this order, with `stream = stream_of(encoding)`:
 
-Most encodings override one or two of these. What `keep` and `remember` return is cached beside key
-and value when decoding. Keys are cached as they come from their projection, and `rotate` sees all
-of them at every step; so an encoding may turn them by anything, the current length included.
+| place | once per model                                                                  |
+|-------|---------------------------------------------------------------------------------|
+| 1     | indices, carry = encoding.positions(tokens, positions, carry)                   |
+| 2     | x = encoding.embed(embeddings, indices)                                         |
+|       | shared = encoding.shared(sizes)                                                 |
+|       | state = stream.init_state(indices, sizes)                                       |
+|       | **in every layer**                                                              |
+|       | x = stream.update_stream(x, stream.stream_inputs(x), indices, rows)             |
+|       | memory = encoding.cache(inputs, sizes, state)                                   |
+|       | query = Side(queries of inputs, indices, memory)                                |
+|       | key = Side(keys of inputs, indices, memory, values of inputs)                   |
+| 3     | query.x, key.x = encoding.rotate(query, key)                                    |
+| 4     | bias = encoding.bias(query, key, shared)                                        |
+|       | averages, mixed = attention(query.x, key.x,                                     |
+|       |                             [key.value, stream.extra_values(key.memory)], bias) |
+|       | state = stream.update_state(state, change, mixed)                               |
+
+Most encodings override one or two of these. The results of `stream_inputs` and `cache` are kept
+beside key and value when decoding. Keys are cached as they come from their projection, and `rotate`
+sees all of them at every step; so an encoding may turn them by anything, the current length
+included.
 """
 
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -37,7 +46,7 @@ import flax.linen as nn
 from posjax.biases.base import Bias
 from posjax.types import Array, Float, Int, Num, PyTree
 
-__all__ = ["PositionEncoding", "Sizes"]
+__all__ = ["PositionEncoding", "Side", "Sizes"]
 
 
 class Sizes(NamedTuple):
@@ -48,17 +57,27 @@ class Sizes(NamedTuple):
     head_size: int
 
 
-class PositionEncoding(nn.Module):
-    """A position encoding that does nothing; subclasses override the places where they act.
+class Side(NamedTuple):
+    """The queries or the keys of an attention layer, as places 3 and 4 see them."""
 
-    What a subclass says about itself, as a class variable or a property:
+    x: Num[Array, "B T N H"]  # projected queries or keys
+    indices: PyTree  # of `positions`, [B, T, ...]
+    memory: PyTree = None  # the result of `cache` for these tokens, [B, T, ...]
+    value: Num[Array, "B S K H"] | None = None  # projected values, for keys only
+
+
+class PositionEncoding(nn.Module):
+    """A position encoding that does nothing; subclasses override the places in which they act.
+
+    A subclass says about itself, as a class variable or a property:
 
         is_causal_only: whether it is defined for causal attention only.
         reads_ahead: whether it reads tokens that follow, so that a causal model cannot use it.
         beyond: what happens at positions beyond the trained ones. "extrapolates": every position is
-            defined and different; "clips": far positions are treated as one; "raises": a
-            `posjax.positions.LengthError` (NaN where a compiled program cannot raise).
-        decodes: whether tokens may be fed one by one with a cache. Where not, a carry or a cache
+            defined and different; "clips": all positions beyond a limit are treated alike;
+            "raises": a `posjax.positions.LengthError` (NaN in a compiled program, which cannot
+            raise).
+        decodes: whether tokens may be fed one by one with a cache. If not, a carry or a cache
             raises NotImplementedError.
     """
 
@@ -80,13 +99,13 @@ class PositionEncoding(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[PyTree, PyTree]:
-        """Place 1: which indices the later places get.
+        """Place 1: the indices that the later places get.
 
         Args:
             tokens: token ids, for encodings that read them.
-            positions: place of each token in its sequence (or in its packed segment).
-            carry: what this method returned for the tokens before these when decoding; None at the
-                start.
+            positions: position of each token in its sequence (or in its packed segment).
+            carry: the carry that this method returned for the tokens before these when decoding;
+                None at the start.
             segment_ids: segments of packed sequences.
             deterministic: False in training; randomness comes from the rng stream "encoding".
 
@@ -97,77 +116,26 @@ class PositionEncoding(nn.Module):
         return positions, carry
 
     def embed(self, embeddings: Float[Array, "B T D"], indices: PyTree) -> Float[Array, "B T D"]:
-        """Place 2: what is added to the token embeddings, once. Keeps the dtype of `embeddings`."""
+        """Place 2: the embeddings plus the encoding's, once. Keeps the dtype of `embeddings`."""
         return embeddings
 
     def shared(self, sizes: Sizes) -> PyTree:
         """Parameters that all layers use; handed to `bias` in every layer."""
         return None
 
-    def begin(self, indices: PyTree, sizes: Sizes) -> PyTree:
-        """What flows through the layers beside the residual stream: arrays [B, T, ...] or None."""
-        return None
-
-    def keep(self, stream: Float[Array, "B T D"]) -> PyTree:
-        """What `enter` wants to see of each token: arrays [B, T, ...] or None."""
-        return None
-
-    def enter(
-        self,
-        stream: Float[Array, "B T D"],
-        kept: PyTree,
-        indices: PyTree,
-        rows: Int[Array, "T"],
-    ) -> Float[Array, "B T D"]:
-        """The residual stream as it enters a layer.
+    def cache(self, inputs: Float[Array, "B T D"], sizes: Sizes, state: PyTree = None) -> PyTree:
+        """Arrays [B, T, ...] that the layer caches beside key and value, or None.
 
         Args:
-            kept: what `keep` returned, of all tokens known so far, [B, S, ...].
-            indices: those of the tokens in `stream`.
-            rows: where the tokens in `stream` stand in `kept`.
+            inputs: the input of the attention layer.
+            state: the state of a `posjax.encodings.stream.StreamEncoding`.
         """
-        return stream
-
-    def remember(self, inputs: Float[Array, "B T D"], sizes: Sizes, state: PyTree = None) -> PyTree:
-        """What the layer caches of each token beside key and value: arrays [B, T, ...] or None."""
         return None
 
-    def rotate(
-        self,
-        query: Num[Array, "B T N H"],
-        key: Num[Array, "B S K H"],
-        query_indices: PyTree,
-        key_indices: PyTree,
-        query_memory: PyTree = None,
-        key_memory: PyTree = None,
-    ) -> tuple[Num[Array, "B T N H"], Num[Array, "B S K H"]]:
-        """Place 3: turns query and key. Keeps dtypes."""
-        return query, key
+    def rotate(self, query: Side, key: Side) -> tuple[Num[Array, "B T N H"], Num[Array, "B S K H"]]:
+        """Place 3: the arrays `query.x` and `key.x`, turned. Keeps dtypes."""
+        return query.x, key.x
 
-    def bias(
-        self,
-        query: Num[Array, "B T N H"],
-        key: Num[Array, "B S K H"],
-        value: Num[Array, "B S K H"],
-        query_indices: PyTree,
-        key_indices: PyTree,
-        memory: PyTree = None,
-        shared: PyTree = None,
-    ) -> Bias | None:
-        """Place 4: the description of what is added to the logits (`memory`: that of the keys)."""
+    def bias(self, query: Side, key: Side, shared: PyTree = None) -> Bias | None:
+        """Place 4: the description of an addend of the logits; `x` of both sides is turned."""
         return None
-
-    def carried(self, memory: PyTree) -> Float[Array, "B S K E"] | None:
-        """More values, which the same attention weights average; for `advance`."""
-        return None
-
-    def advance(
-        self, state: PyTree, change: Float[Array, "B T D"], mixed: Float[Array, "B T N E"] | None
-    ) -> PyTree:
-        """The state for the next layer.
-
-        Args:
-            change: what the layer's MLP adds to the residual stream.
-            mixed: averages of what `carried` returned, None where it returned None.
-        """
-        return state

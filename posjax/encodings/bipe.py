@@ -29,12 +29,12 @@ class BiPE(Wrapper):
     tokenizer, 869 "." and 13 (a new line), cannot decode with a cache, and draws the table with
     deviation 0.02. Parameter: table [num_places, D], float32.
 
-    Places from num_places - 1 on share the last row; segment numbers go on as the encoding inside
-    does, so long texts of usual sentences meet few new numbers. Tested against the output of the
+    Places from num_places - 1 on share the last row; far segment numbers are up to the encoding
+    inside, and long texts of usual sentences have few new ones. Tested against the output of the
     official code.
 
     Args:
-        encoding: the encoding between segments; gets gradients and layers as if alone.
+        encoding: the encoding between segments.
         separators: ids of the tokens that end a segment; by default "." and a new line in bytes.
         num_places: rows of the table; at least 1.
         initial_deviation: standard deviation of the table at the start.
@@ -93,21 +93,11 @@ class BiPE(Wrapper):
         placed = (embeddings.astype(jnp.float32) + rows).astype(embeddings.dtype)
         return self.encoding.embed(placed, indices.segment)
 
-    def begin(self, indices, sizes):
-        """As the encoding inside, for segments."""
-        return self.encoding.begin(indices.segment, sizes)
-
-    def enter(self, stream, kept, indices, rows):
-        """As the encoding inside, for segments."""
-        return self.encoding.enter(stream, kept, indices.segment, rows)
-
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """As the encoding inside, for segments."""
-        own = query_indices.segment, key_indices.segment
-        return self.encoding.rotate(query, key, *own, query_memory, key_memory)
-
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """As the encoding inside, for segments, times bias_factor."""
-        own = query_indices.segment, key_indices.segment
-        bias = self.encoding.bias(query, key, value, *own, memory, shared)
+        bias = super().bias(query, key, shared)
         return bias if bias is None or self.bias_factor == 1 else ScaledBias(bias, self.bias_factor)
+
+    def inner_indices(self, indices):
+        """Numbers of segments."""
+        return indices.segment

@@ -1,12 +1,13 @@
 """Several position encodings at once."""
 
 from posjax.biases.sum import BiasSum
-from posjax.encodings.base import PositionEncoding
+from posjax.encodings.base import PositionEncoding, Side
+from posjax.encodings.stream import StreamEncoding, stream_of
 
 __all__ = ["Combine"]
 
 
-class Combine(PositionEncoding):
+class Combine(StreamEncoding):
     """Several encodings in one model; each has its own indices, carry, memory and parameters.
 
         embed, rotate: one after another, in the order of `encodings`
@@ -72,13 +73,13 @@ class Combine(PositionEncoding):
 
     def positions(self, tokens, positions, carry=None, **settings):
         """The indices of each part, and the carry of each part."""
-        pairs = self._with(carry)
-        results = [part.positions(tokens, positions, own, **settings) for part, own in pairs]
+        shares = self._shares(carry)
+        results = [part.positions(tokens, positions, own, **settings) for part, own in shares]
         return tuple(indices for indices, _ in results), tuple(after for _, after in results)
 
     def embed(self, embeddings, indices):
-        """What the parts add, one after another."""
-        for part, own in self._with(indices):
+        """The sums of the parts, one after another."""
+        for part, own in self._shares(indices):
             embeddings = part.embed(embeddings, own)
         return embeddings
 
@@ -86,53 +87,60 @@ class Combine(PositionEncoding):
         """The shared parameters of each part."""
         return tuple(part.shared(sizes) for part in self.encodings)
 
-    def begin(self, indices, sizes):
-        """The state of each part."""
-        return tuple(part.begin(own, sizes) for part, own in self._with(indices))
+    def cache(self, inputs, sizes, state=None):
+        """The cache of each part."""
+        return tuple(part.cache(inputs, sizes, own) for part, own in self._shares(state))
 
-    def keep(self, stream):
-        """What each part wants to see."""
-        return tuple(part.keep(stream) for part in self.encodings)
-
-    def enter(self, stream, kept, indices, rows):
-        """The changes of the parts, one after another; all of them see the same kept tokens."""
-        for part, of_tokens, own in self._with(kept, indices):
-            stream = part.enter(stream, of_tokens, own, rows)
-        return stream
-
-    def remember(self, inputs, sizes, state=None):
-        """What each part keeps of the tokens."""
-        return tuple(part.remember(inputs, sizes, own) for part, own in self._with(state))
-
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """The turns of the parts, one after another."""
-        for part, *own in self._with(query_indices, key_indices, query_memory, key_memory):
-            query, key = part.rotate(query, key, *own)
-        return query, key
+        turned = query.x, key.x
+        for part, *sides in self._shares(query, key):
+            sides = (side._replace(x=x) for side, x in zip(sides, turned, strict=True))
+            turned = part.rotate(*sides)
+        return turned
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The sum of the parts' biases."""
-        own = self._with(query_indices, key_indices, memory, shared)
-        made = [part.bias(query, key, value, *of_part) for part, *of_part in own]
+        made = [part.bias(*own) for part, *own in self._shares(query, key, shared)]
         biases = tuple(bias for bias in made if bias is not None)
         return BiasSum(biases) if len(biases) > 1 else next(iter(biases), None)
 
-    def carried(self, memory):
+    def init_state(self, indices, sizes):
+        """The state of each part."""
+        return tuple(stream_of(part).init_state(own, sizes) for part, own in self._shares(indices))
+
+    def stream_inputs(self, stream):
+        """The inputs of each part."""
+        return tuple(stream_of(part).stream_inputs(stream) for part in self.encodings)
+
+    def update_stream(self, stream, inputs, indices, rows):
+        """The changes of the parts, one after another; all of them see the same inputs."""
+        for part, *own in self._shares(inputs, indices):
+            stream = stream_of(part).update_stream(stream, *own, rows)
+        return stream
+
+    def extra_values(self, memory):
         """More values of the one part that has them."""
-        made = [part.carried(own) for part, own in self._with(memory)]
+        made = [stream_of(part).extra_values(own) for part, own in self._shares(memory)]
         made = [values for values in made if values is not None]
         if len(made) > 1:
             raise NotImplementedError("Combine takes one part that carries a state through layers.")
         return next(iter(made), None)
 
-    def advance(self, state, change, mixed):
+    def update_state(self, state, change, mixed):
         """The next state of each part; the averages belong to the one that has a state."""
-        pairs = self._with(state)
         return tuple(
-            part.advance(own, change, None if own is None else mixed) for part, own in pairs
+            stream_of(part).update_state(own, change, None if own is None else mixed)
+            for part, own in self._shares(state)
         )
 
-    def _with(self, *trees):
-        """Each part with its share of each tree; None stands for None everywhere."""
-        none = (None,) * len(self.encodings)
-        return zip(self.encodings, *(none if t is None else t for t in trees), strict=True)
+    def _shares(self, *trees):
+        """Each part with its share of each tree: tuples, sides, or None for None everywhere."""
+        return zip(self.encodings, *map(self._split, trees), strict=True)
+
+    def _split(self, tree):
+        """The share of each part; those of a side have its `x` and `value`."""
+        if isinstance(tree, Side):
+            own = zip(self._split(tree.indices), self._split(tree.memory), strict=True)
+            return tuple(tree._replace(indices=indices, memory=memory) for indices, memory in own)
+        return (None,) * len(self.encodings) if tree is None else tree

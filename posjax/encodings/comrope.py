@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import turn
+from posjax.encodings.rotary import turn
 from posjax.frequencies import rope_frequencies
 from posjax.grids import grid_positions
 from posjax.types import Array, Float, Num
@@ -21,9 +21,9 @@ def rotate_blocks(
 ) -> Num[Array, "B T N H"]:
     """Multiplies each block of b neighbouring channels by exp(amount (P - P^T)).
 
-    For b = 2 that is a turn by amount (P_10 - P_01). Larger blocks are turned in the basis of their
+    For b = 2 this is a turn by amount (P_10 - P_01). Larger blocks are turned in the basis of their
     eigenvectors, which is found once for all tokens; `jax.scipy.linalg.expm` for each token would
-    be slower, and in float32 far from exact where the amounts are large.
+    be slower, and in float32 far from exact if the amounts are large.
 
     Args:
         amounts: how far each of the M = H / b blocks is turned.
@@ -49,7 +49,7 @@ def rotate_blocks(
 def _exponential(
     skew: Float[Array, "K m b b"], amounts: Float[Array, "#B T m"], x: Float[Array, "B T K G m b"]
 ) -> Float[Array, "B T K G m b"]:
-    """exp(amount skew) x = U exp(-i amount l) U^H x, where i skew = U diag(l) U^H."""
+    """exp(amount skew) x = U exp(-i amount l) U^H x, with i skew = U diag(l) U^H."""
     values, vectors = _eigen(skew)
     inside = _change_basis(jnp.swapaxes(vectors, -1, -2).conj(), x)
     phase = amounts[:, :, None, :, None] * values[None, None]
@@ -58,7 +58,7 @@ def _exponential(
 
 @_exponential.defjvp
 def _exponential_jvp(primals, tangents):
-    """The derivative along `skew` holds where eigenvalues are equal too, unlike that of `eigh`.
+    """The derivative along `skew` also holds if eigenvalues are equal, unlike that of `eigh`.
 
     In the basis U it is multiplied, element by element, by the divided differences of e^(-i a l),
     which are a e^(-i a (l_k + l_n) / 2) sin(z) / z with z = a (l_k - l_n) / 2.
@@ -102,7 +102,7 @@ class ComRoPE(PositionEncoding):
 
         logit_ij = H^-0.5 (R(x_i) q_i) . (R(x_j) k_j),     R(x_i)^T R(x_j) = R(x_j - x_i)
         R(x) = exp(sum over axes a of x_a A_a),            A_a block-diagonal, blocks b x b
-        "axial":    block m of A_a is P_m - P_m^T where m = a modulo the number of axes, 0 elsewhere
+        "axial":    block m of A_a is P_m - P_m^T if m = a modulo the number of axes, else 0
         "linear":   block m of A_a is multiplier_am (P_m - P_m^T)
 
     The paper's AP and LD. With `grid` positions are rows and columns (or more axes) of it, scaled
@@ -136,9 +136,10 @@ class ComRoPE(PositionEncoding):
         Yu et al., ComRoPE: Scalable and Robust Rotary Position Embedding Parameterized by Trainable
         Commuting Angle Matrices, arXiv:2506.03737, section 4.
 
-    >>> x, p = jnp.ones((1, 1, 1, 8)), jnp.array([[3]])
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 1, 1, 8)), jnp.array([[3]]))
     >>> (query, _), variables = ComRoPE.text().init_with_output(
-    ...     jax.random.key(0), x, x, p, p, method="rotate"
+    ...     jax.random.key(0), side, side, method="rotate"
     ... )
     >>> variables["params"]["angles"].shape
     (1, 4, 2, 2)
@@ -178,7 +179,7 @@ class ComRoPE(PositionEncoding):
 
     @classmethod
     def linear(cls) -> Self:
-        """The paper's LD, where all axes turn all blocks."""
+        """The paper's LD: all axes turn all blocks."""
         return cls(kind="linear")
 
     def positions(self, tokens, positions, carry=None, *, segment_ids=None, deterministic=True):
@@ -186,15 +187,15 @@ class ComRoPE(PositionEncoding):
         return positions if self.grid is None else grid_positions(positions, self.grid), carry
 
     @nn.compact
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """Query and key, turned by their own positions with this layer's angles."""
-        axes, size = len(self.grid or (1,)), query.shape[-1]
+        axes, size = len(self.grid or (1,)), query.x.shape[-1]
         blocks = size // self.block_size
         if size % self.block_size or (self.kind == "axial" and blocks % axes):
             whole = f"{axes} x " if self.kind == "axial" and axes > 1 else ""
             wanted = f"a multiple of {whole}block_size={self.block_size}"
             raise ValueError(f"ComRoPE needs {wanted}, but the head size is {size}.")
-        shape = (key.shape[2], blocks, self.block_size, self.block_size)
+        shape = (key.x.shape[2], blocks, self.block_size, self.block_size)
         angles = self.param("angles", self._start(), shape, jnp.float32)
         multiplier = jnp.asarray(np.arange(axes)[:, None] == np.arange(blocks) % axes, jnp.float32)
         if self.kind == "linear":
@@ -202,11 +203,11 @@ class ComRoPE(PositionEncoding):
             start = nn.initializers.normal(1.0) if is_normal else nn.initializers.ones
             multiplier = self.param("multiplier", start, (axes, blocks), jnp.float32)
         query_amounts, key_amounts = (
-            jnp.einsum("bta,am->btm", self._scaled(indices), multiplier, precision="highest")
-            for indices in (query_indices, key_indices)
+            jnp.einsum("bta,am->btm", self._scaled(side.indices), multiplier, precision="highest")
+            for side in (query, key)
         )
-        query = rotate_blocks(query, query_amounts, angles)
-        return query, rotate_blocks(key, key_amounts, angles)
+        turned = rotate_blocks(query.x, query_amounts, angles)
+        return turned, rotate_blocks(key.x, key_amounts, angles)
 
     def _start(self) -> nn.initializers.Initializer:
         if self.start == "normal":

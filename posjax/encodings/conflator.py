@@ -1,4 +1,4 @@
-"""CONFLATOR: RoPE for mixed languages, whose positions notice where the language switches."""
+"""CONFLATOR: RoPE for mixed languages, whose positions notice switches of the language."""
 
 from typing import Literal, NamedTuple, Self
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from posjax.encodings.abacus import is_one_of
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, rotate
+from posjax.encodings.rope import rope_turn
+from posjax.encodings.rotary import Layout, Rotary, check_layout
 from posjax.types import Array, Bool, Int, Num
 
 __all__ = ["CONFLATOR", "Switches", "languages", "switching_positions"]
@@ -16,7 +16,7 @@ _UNKNOWN = -1
 
 
 class Switches(NamedTuple):
-    """What the tokens before these leave to those after them."""
+    """The state that tokens leave to those after them."""
 
     language: Int[Array, "B"]  # of the last token that has one; -1 for none yet
     direction: Int[Array, "B"]  # 1 or -1
@@ -44,7 +44,7 @@ def switching_positions(
     starts: Bool[Array, "B T"] | None = None,
     rule: Literal["reset", "flip"] = "reset",
 ) -> tuple[Num[Array, "B T"], Switches]:
-    """Positions that restart, or turn round, where the language switches.
+    """Positions that restart, or turn round, when the language switches.
 
         reset: index_t = position_t - position of the latest switching point (0 before the first)
         flip:  index_t = index_{t-1} + d_t (position_t - position_{t-1}),   d changes its sign there
@@ -54,8 +54,8 @@ def switching_positions(
     Args:
         language: 0, 1, ...; -1 belongs to the language before it.
         carry: what this function returned for the tokens before these.
-        starts: first tokens of packed sequences, which know nothing of those before. Positions of 0
-            are such, too.
+        starts: first tokens of packed sequences, which know nothing of those before. Tokens at
+            position 0 are such, too.
 
     Returns:
         Indices in the dtype of `positions`, and the carry for the tokens that come next.
@@ -94,23 +94,23 @@ def switching_positions(
 
 
 def _latest(values: Array, marked: Bool[Array, "B T"], before: Array) -> Array:
-    """The value at the latest marked place up to each one; `before` where there is none."""
+    """The value at the latest marked place up to each one; `before` if there is none."""
     index = jnp.broadcast_to(jnp.arange(1, values.shape[1] + 1), values.shape)
     latest = jax.lax.cummax(jnp.where(marked, index, 0), axis=1)
     found = jnp.take_along_axis(values, jnp.maximum(latest - 1, 0), axis=1)
     return jnp.where(latest > 0, found, before[:, None])
 
 
-class CONFLATOR(PositionEncoding):
+class CONFLATOR(Rotary):
     """RoPE by positions that restart, or turn round, at switching points between two languages.
 
         logit_ij = H^-0.5 rotate(q_i, index_i) . rotate(k_j, index_j)     (`switching_positions`)
 
-    The paper turns query and key as RoPE does and stresses switching points, where the language of
-    neighbouring words differs. **How its angles use them is a guess**: its text and code could not
-    be had, and both rules here, "reset" and "flip", are readings of that idea. Its second form, for
-    pairs of words, is not here. It knows each word's language from labels; here it comes from the
-    token ids.
+    The paper turns query and key as RoPE does and stresses switching points, at which the language
+    of neighbouring words differs. **How its angles use them is a guess**: its text and code are not
+    available, and both rules here, "reset" and "flip", are readings of that idea. Its second form,
+    for pairs of words, is not here. It knows each word's language from labels; here it comes from
+    the token ids.
 
     Tested against a transcription of this rule, one token after another. Without tokens of the
     second language it is RoPE.
@@ -124,7 +124,7 @@ class CONFLATOR(PositionEncoding):
         neutral: token ids of no language, which never switch; by default all ASCII but letters.
         rule: what happens at a switching point.
         base: of RoPE's frequencies; above 1.
-        layout: which channels are a pair, see `posjax.encodings.rope.turn`.
+        layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 
     References:
         Ali et al., CONFLATOR: Incorporating Switching Point based Rotatory Positional Encodings for
@@ -163,7 +163,7 @@ class CONFLATOR(PositionEncoding):
         return cls(rule="flip")
 
     def positions(self, tokens, positions, carry=None, *, segment_ids=None, deterministic=True):
-        """Indices that notice switching points; the carry is what the last token leaves."""
+        """Indices that notice switching points; the carry is the state after the last token."""
         starts = None
         if segment_ids is not None:
             changes = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -171,7 +171,6 @@ class CONFLATOR(PositionEncoding):
         spoken = languages(tokens, self.second, self.neutral)
         return switching_positions(spoken, positions, carry, starts=starts, rule=self.rule)
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their indices."""
-        settings = {"base": self.base, "layout": self.layout}
-        return rotate(query, query_indices, **settings), rotate(key, key_indices, **settings)
+    def turn_of(self, side):
+        """RoPE's angles at the indices."""
+        return rope_turn(side.indices, side.x.shape[-1], self.base)

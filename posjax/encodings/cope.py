@@ -113,7 +113,7 @@ class CoPE(PositionEncoding):
     def setup(self):
         self.gate_projection = _HeadProjection()
 
-    def remember(self, inputs, sizes, state=None):
+    def cache(self, inputs, sizes, state=None):
         """Gate keys, where they have a projection of their own."""
         if self.gate_source != "key":
             return None
@@ -123,9 +123,9 @@ class CoPE(PositionEncoding):
         """The table of all layers; None where each layer has its own."""
         return self._table(sizes.heads, sizes.head_size) if self.share_layers else None
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The contextual bias with this layer's table."""
-        heads, size = query.shape[2:]
+        heads, size = query.x.shape[2:]
         if self.share_layers and shared is None:
             wanted = "hand over what `shared` returned, or set share_layers=False"
             raise ValueError(f"CoPE has share_layers=True, but shared is None; {wanted}.")
@@ -135,7 +135,7 @@ class CoPE(PositionEncoding):
             return ContextualBias(
                 table, None, jnp.float32(math.inf), gate_scale=0.0, bias_scale=bias_scale
             )
-        gate_key = {"logits": None, "key": memory, "value": value}[self.gate_source]
+        gate_key = {"logits": None, "key": key.memory, "value": key.value}[self.gate_source]
         return ContextualBias(table, gate_key, self._gate_bias(heads), bias_scale=bias_scale)
 
     def _table(self, heads: int, size: int):

@@ -99,8 +99,9 @@ class FIRE(PositionEncoding):
         Li et al., Functional Interpolation for Relative Positions Improves Long Context
         Transformers, arXiv:2310.04418, section 3.
 
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
-    >>> variables = FIRE().init(jax.random.key(0), x, x, x, p, p, method="bias")
+    >>> variables = FIRE().init(jax.random.key(0), Side(x, p), Side(x, p), method="bias")
     >>> variables["params"]["kernel_0"].shape, variables["params"]["kernel_1"].shape
     ((1, 32), (32, 2))
     """
@@ -139,13 +140,13 @@ class FIRE(PositionEncoding):
         """The parameters of all layers; None where each layer has its own."""
         return self._parameters(sizes.heads) if self.share_layers else None
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The bias for query's heads."""
         if self.share_layers:
             check_shared("FIRE", shared)
-        params = shared if self.share_layers else self._parameters(query.shape[2])
+        params = shared if self.share_layers else self._parameters(query.x.shape[2])
         function = InterpolatedDistance(self.initial_threshold, self.normaliser)
-        return RelativeBias(function, params, query_indices, key_indices)
+        return RelativeBias(function, params, query.indices, key.indices)
 
     @nn.compact
     def _parameters(self, heads: int) -> dict[str, Array]:

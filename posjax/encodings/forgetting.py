@@ -53,7 +53,7 @@ class Forgetting(PositionEncoding):
         arXiv:2503.02130, section 3.
 
     >>> x = jnp.ones((1, 3, 8))
-    >>> Forgetting.fixed().init(jax.random.key(0), x, Sizes(2, 2, 4), method="remember")
+    >>> Forgetting.fixed().init(jax.random.key(0), x, Sizes(2, 2, 4), method="cache")
     {}
     """
 
@@ -80,7 +80,7 @@ class Forgetting(PositionEncoding):
         return cls(gate="fixed")
 
     @nn.compact
-    def remember(self, inputs, sizes: Sizes, state=None):
+    def cache(self, inputs, sizes: Sizes, state=None):
         """The log of each token's gate for every query head, [B, T, N]."""
         batch, length, width = inputs.shape
         logits = jnp.zeros((batch, length, sizes.heads), jnp.float32)
@@ -92,9 +92,9 @@ class Forgetting(PositionEncoding):
         logits += self._bias(sizes.heads)[None, None, :]
         return jax.nn.log_sigmoid(logits)
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The gates of the keys as a bias."""
-        return ForgettingBias(memory)
+        return ForgettingBias(key.memory)
 
     def _bias(self, heads: int) -> Float[Array, "N"]:
         if self.gate == "full":

@@ -28,8 +28,8 @@ class HeadScale(PositionEncoding):
         logit_ij = s_n H^-0.5 q_i . k_j        s_n = max(scale_n, lower_bound)
 
     It acts on the query. Without any position encoding (NoPE) this keeps attention from spreading
-    in contexts longer than the trained ones: the authors put it into a trained NoPE model and train
-    the scales alone, for 200 steps at the new length (freeze the rest in the optimizer). Their
+    in contexts longer than the trained ones: the authors add it to a trained NoPE model and train
+    only the scales, for 200 steps at the new length (freeze the rest in the optimizer). Their
     parameter is bfloat16 and is clamped after every step; here the bound is in the forward pass,
     with a gradient that leads back up from below it (`posjax.encodings.kerple.keep_within`). It
     joins other encodings in combinations, "head_scale+rope", but the authors found that it helps
@@ -38,7 +38,7 @@ class HeadScale(PositionEncoding):
     Every length is defined. Tested against a transcription of the formula.
 
     Args:
-        initial: the scales at the start, or always where they are not trained; at least
+        initial: the scales at the start, or always if they are not trained; at least
             lower_bound.
         lower_bound: above 0.
         trained: whether they are parameters.
@@ -48,8 +48,9 @@ class HeadScale(PositionEncoding):
         without Position Encoding, arXiv:2404.12224.
 
     >>> from jax import random
-    >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
-    >>> HeadScale(initial=1.5).init(random.key(0), x, x, p, p, method="rotate")
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
+    >>> HeadScale(initial=1.5).init(random.key(0), side, side, method="rotate")
     {'params': {'scale': Array([1.5, 1.5], dtype=float32)}}
     """
 
@@ -76,10 +77,10 @@ class HeadScale(PositionEncoding):
         return cls(initial=1.2, trained=False)
 
     @nn.compact
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """The query times its heads' scales, and the key as it is."""
         if not self.trained:
-            return scale_heads(query, jnp.full((1,), self.initial, jnp.float32)), key
+            return scale_heads(query.x, jnp.full((1,), self.initial, jnp.float32)), key.x
         start = nn.initializers.constant(self.initial)
-        scale = self.param("scale", start, (query.shape[2],), jnp.float32)
-        return scale_heads(query, keep_within(scale, self.lower_bound, math.inf)), key
+        scale = self.param("scale", start, (query.x.shape[2],), jnp.float32)
+        return scale_heads(query.x, keep_within(scale, self.lower_bound, math.inf)), key.x

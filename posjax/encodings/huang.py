@@ -65,8 +65,9 @@ class Huang(PositionEncoding):
         Embeddings, arXiv:2009.13658, methods 1 to 4.
 
     >>> import jax
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
-    >>> variables = Huang().init(jax.random.key(0), x, x, x, p, p, method="bias")
+    >>> variables = Huang().init(jax.random.key(0), Side(x, p), Side(x, p), method="bias")
     >>> jax.tree.map(jnp.shape, variables)
     {'params': {'table': (1023, 4)}}
     """
@@ -112,15 +113,15 @@ class Huang(PositionEncoding):
         """A vector for each relative position, added to query and key."""
         return cls(method=4)
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The terms that make the product of query and key the logit of the method."""
-        terms = self._terms(query, key, query_indices, key_indices)
+        terms = self._terms(query.x, key.x, query.indices, key.indices)
         if not self.strict:
             return terms
-        self._refuse_known(query_indices, key_indices)
+        self._refuse_known(query.indices, key.indices)
         function = NothingBeyond(self.max_distance)
         return BiasSum(
-            (terms, RelativeBias(function, None, query_indices, key_indices, distance_only=True))
+            (terms, RelativeBias(function, None, query.indices, key.indices, distance_only=True))
         )
 
     @nn.compact

@@ -113,13 +113,13 @@ class KERPLE(PositionEncoding):
         """r1 and r2 of all layers; None where each layer has its own."""
         return self._parameters(sizes.heads) if self.share_layers else None
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The bias for query's heads."""
         if self.share_layers:
             check_shared("KERPLE", shared)
-        params = shared if self.share_layers else self._parameters(query.shape[2])
+        params = shared if self.share_layers else self._parameters(query.x.shape[2])
         return RelativeBias(
-            KernelDistance(self.kind), params, query_indices, key_indices, distance_only=True
+            KernelDistance(self.kind), params, query.indices, key.indices, distance_only=True
         )
 
     @nn.compact

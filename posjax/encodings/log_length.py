@@ -1,4 +1,4 @@
-"""Log-length scaling: logits grow with the logarithm of how many tokens the query sees."""
+"""Log-length scaling: logits grow with the logarithm of the number of visible tokens."""
 
 import math
 from typing import Self
@@ -39,14 +39,15 @@ class LogLength(PositionEncoding):
     Every length is defined. Tested against a transcription of the formula.
 
     Args:
-        trained_length: where the factor is 1; at least 2.
+        trained_length: the length at which the factor is 1; at least 2.
         minimum: factors are at least this; 0 or more.
 
     References:
         Chiang, Cholak, Overcoming a Theoretical Limitation of Self-Attention, arXiv:2202.12172.
 
-    >>> x, p = jnp.ones((1, 3, 1, 2)), jnp.array([[1, 7, 63]])
-    >>> query, _ = LogLength(trained_length=8).apply({}, x, x, p, p, method="rotate")
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 3, 1, 2)), jnp.array([[1, 7, 63]]))
+    >>> query, _ = LogLength(trained_length=8).apply({}, side, side, method="rotate")
     >>> [f"{channel:.2f}" for channel in query[0, :, 0, 0]]
     ['0.33', '1.00', '2.00']
     """
@@ -67,8 +68,8 @@ class LogLength(PositionEncoding):
         """Nothing changes up to the trained length."""
         return cls(minimum=1.0)
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """The query times its factor, and the key as it is."""
-        factors = log_factors(query_indices, self.trained_length, self.minimum)
-        scaled = query.astype(jnp.float32) * factors[:, :, None, None]
-        return scaled.astype(query.dtype), key
+        factors = log_factors(query.indices, self.trained_length, self.minimum)
+        scaled = query.x.astype(jnp.float32) * factors[:, :, None, None]
+        return scaled.astype(query.x.dtype), key.x

@@ -5,8 +5,7 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, check_pairs, turn
+from posjax.encodings.rotary import Layout, Rotary, check_layout, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Int
 
@@ -16,7 +15,7 @@ __all__ = ["MsPoE", "ms_poe_ratios", "position_awareness"]
 def ms_poe_ratios(
     order: tuple[int, ...], min_ratio: float = 1.2, max_ratio: float = 1.8
 ) -> np.ndarray:
-    """min_ratio + (max_ratio - min_ratio) * order_n / N, what head n divides positions by.
+    """min_ratio + (max_ratio - min_ratio) * order_n / N, by which head n divides positions.
 
     >>> ms_poe_ratios((1, 0)).round(2).tolist()
     [1.5, 1.2]
@@ -46,18 +45,18 @@ def position_awareness(weights: Float[Array, "N T S"], threshold: float = 3.0) -
     return jnp.argsort(by_awareness).astype(jnp.int32)
 
 
-class MsPoE(PositionEncoding):
-    """RoPE with positions divided by a ratio of its own in each head, from min_ratio up.
+class MsPoE(Rotary):
+    """RoPE with positions divided by each head's own ratio, from min_ratio up.
 
         ratio_n = min_ratio + (max_ratio - min_ratio) order_n / N
         logit_ij = H^-0.5 rotate(q_i, i / ratio_n) . rotate(k_j, j / ratio_n)
 
-    Made for trained RoPE models, without more training: heads that look at certain positions keep
-    fine distances, others see further. The official code ranks heads by their weights in the first
-    forward pass and keeps that; here run `position_awareness` once and hand its result to `order`.
-    Without, the order is reversed, the code's head type "normal". The code divides by N, as here,
-    so that max_ratio is never reached. With grouped heads it turns a key by the ratio of its
-    group's first head, but each query by its own, so that angles between them grow with the
+    It is for trained RoPE models, without further training: heads that attend to certain positions
+    keep fine distances, others see further. The official code ranks heads by their weights in the
+    first forward pass and keeps that; here run `position_awareness` once and pass its result as
+    `order`. By default the order is reversed, the code's head type "normal". The code divides by N,
+    as here, so that max_ratio is never reached. With grouped heads it turns a key by the ratio of
+    its group's first head, but each query by its own, so that angles between them grow with the
     position; here the first head's ratio holds for the whole group. For K = N both are the same.
 
     Every position is defined. Up to about min_ratio times the trained length all angles were seen
@@ -68,17 +67,18 @@ class MsPoE(PositionEncoding):
         max_ratio: at least min_ratio.
         order: 0 ... N - 1 in any order, one for each head; head n has rank order_n. None: N - 1
             for the first head down to 0 for the last.
-        skip_layers: so many layers, from the first on, have plain RoPE; 2 in the paper. Their
-            layers differ then, which `scan_layers` refuses.
+        skip_layers: number of layers, from the first on, with plain RoPE; 2 in the paper. Layers
+            then differ, which `scan_layers` refuses.
         base: of RoPE's frequencies; above 1.
-        layout: which channels are a pair, see `posjax.encodings.rope.turn`.
+        layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 
     References:
         Zhang et al., Found in the Middle: How Language Models Use Long Contexts Better via
         Plug-and-Play Positional Encoding, arXiv:2403.04797, section 3.
 
-    >>> x, p = jnp.ones((1, 1, 2, 4)), jnp.array([[3]])
-    >>> query, _ = MsPoE().apply({}, x, x, p, p, method="rotate")
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 1, 2, 4)), jnp.array([[3]]))
+    >>> query, _ = MsPoE().apply({}, side, side, method="rotate")
     >>> [f"{channel:.2f}" for channel in query[0, 0, :, 0]]
     ['-1.33', '-1.40']
     """
@@ -117,21 +117,15 @@ class MsPoE(PositionEncoding):
             return self
         return self.clone(parent=None, min_ratio=1.0, max_ratio=1.0)
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their positions over their group's ratio."""
-        heads, size = query.shape[2:]
+    def turns(self, query, key):
+        """RoPE's angles at positions over the ratio of the group."""
+        heads, size = query.x.shape[2:]
         check_pairs("MsPoE", size)
         order = tuple(reversed(range(heads))) if self.order is None else self.order
         if len(order) != heads:
             raise ValueError(f"MsPoE order is for {len(order)} heads, but query has {heads}.")
-        group = heads // key.shape[2]
+        group = heads // key.x.shape[2]
         ratios = ms_poe_ratios(order, self.min_ratio, self.max_ratio)[::group]
         slowed = rope_frequencies(size, self.base)[None, :] / ratios[:, None]
-
-        def turned(x, positions, frequencies):
-            frequencies = jnp.asarray(frequencies, jnp.float32)[None, None, :, :]
-            angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-            return turn(x, angles, layout=self.layout)
-
         queries = np.repeat(slowed, group, axis=0)
-        return turned(query, query_indices, queries), turned(key, key_indices, slowed)
+        return turn_at(query.indices, queries), turn_at(key.indices, slowed)

@@ -2,13 +2,10 @@
 
 from typing import Literal, Self
 
-import jax.numpy as jnp
 import numpy as np
 
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, check_pairs, turn
+from posjax.encodings.rotary import Layout, Rotary, check_layout, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
-from posjax.types import Array, Num
 
 __all__ = ["PRoPE", "p_rope_frequencies"]
 
@@ -28,7 +25,7 @@ def p_rope_frequencies(
     return np.where(is_kept, rope_frequencies(channels, base), 0.0)
 
 
-class PRoPE(PositionEncoding):
+class PRoPE(Rotary):
     """RoPE on the fastest pairs only; the slowest stay still and carry content at any distance.
 
         angle_m = position * base^(-2m / H)     m = 0 ... floor(fraction * H / 2) - 1
@@ -36,7 +33,7 @@ class PRoPE(PositionEncoding):
 
     fraction = 1 is RoPE and 0 no encoding. Unlike `RoPE(fraction=...)`, the paper's "partial", it
     does not fit a whole spectrum into fewer channels. The paper's listing rounds the number of
-    pairs down, as does code after it. Hugging Face's rope type "proportional" is the same method.
+    pairs down, and so does later code. Hugging Face's rope type "proportional" is the same method.
 
     Every position is defined, but the kept pairs turn as in RoPE, and the paper did not test longer
     contexts than trained ones. Tested live against Hugging Face's code.
@@ -45,14 +42,16 @@ class PRoPE(PositionEncoding):
         base: above 1; 10,000 in the paper.
         fraction: the paper's p, share of pairs that are turned, 0 to 1.
         pairs: which pairs turn: the fast ones, or the slow ones (the paper's control "reversed").
-        layout: which channels are a pair, see `posjax.encodings.rope.turn`.
+        layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 
     References:
         Barbero, Vitvitskyi, Perivolaropoulos, Pascanu, Veličković, Round and Round We Go! What
         makes Rotary Positional Encodings useful?, arXiv:2410.06205, section 6.
 
-    >>> x, p = jnp.ones((1, 1, 1, 8)), jnp.array([[1000]])
-    >>> query, _ = PRoPE().apply({}, x, x, p, p, method="rotate")
+    >>> import jax.numpy as jnp
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 1, 1, 8)), jnp.array([[1000]]))
+    >>> query, _ = PRoPE().apply({}, side, side, method="rotate")
     >>> query[0, 0, 0, 3::4].tolist()
     [1.0, 1.0]
     """
@@ -79,17 +78,11 @@ class PRoPE(PositionEncoding):
 
     @classmethod
     def proportional(cls) -> Self:
-        """What Gemma 4's full-attention layers have, under Hugging Face's name for p-RoPE."""
+        """The setting of Gemma 4's full-attention layers, under Hugging Face's name for p-RoPE."""
         return cls(base=1_000_000.0, fraction=0.25)
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their own positions."""
-        return self._turn(query, query_indices), self._turn(key, key_indices)
-
-    def _turn(self, x: Num[Array, "B T N H"], positions: Num[Array, "B T"]):
-        size = x.shape[-1]
+    def turn_of(self, side):
+        """RoPE's angles for the pairs that turn, 0 for the others."""
+        size = side.x.shape[-1]
         check_pairs("PRoPE", size)
-        frequencies = p_rope_frequencies(size, self.base, self.fraction, self.pairs)
-        frequencies = jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
-        angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-        return turn(x, angles, layout=self.layout)
+        return turn_at(side.indices, p_rope_frequencies(size, self.base, self.fraction, self.pairs))

@@ -5,7 +5,7 @@ from typing import Self
 import flax.linen as nn
 import jax.numpy as jnp
 
-from posjax.encodings.base import PositionEncoding
+from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Int, Num
 
 __all__ = ["PEG", "causal_convolution", "grid_convolution"]
@@ -25,7 +25,7 @@ def causal_convolution(
     sequence starts at position 0, so nothing comes from the packed segment before.
 
     Args:
-        kept: the tokens known so far; tokens t stand at `rows` in it.
+        kept: the tokens known so far; token t is at `rows[t]`.
 
     Returns:
         float32.
@@ -79,14 +79,14 @@ def grid_convolution(
     return total
 
 
-class PEG(PositionEncoding):
+class PEG(StreamEncoding):
     """Adds a convolution of the residual stream to it, before one block of the model.
 
         stream_t += offset + sum of kernel[kernel_size - 1 - d] * stream_{t-d}      d < kernel_size
         stream[r, c] += offset + sum of kernel[a, b] * stream around [r, c]         with `grid`
 
     Each channel has its own kernel (depthwise). The paper's form is the second, 3 x 3 on an image,
-    before the second block (`block=1`); the zeros outside the image are what tells a place where it
+    before the second block (`block=1`); the zeros outside the image tell a place where it
     is. Its class token is left out of the convolution; there is none here. The first form is the
     causal one, for text; it tells neighbours apart, and only the first kernel_size - 1 tokens where
     they are.
@@ -100,8 +100,8 @@ class PEG(PositionEncoding):
 
     Args:
         kernel_size: taps along each axis; on a grid odd.
-        block: the block in front of which the convolution stands, 0 is the first; None is none,
-            which is what `layer` gives to the others.
+        block: the block that the convolution precedes, 0 is the first; None, which `layer` gives to
+            the others, is none.
         grid: (height, width) of a grid that positions number row by row; None for a sequence.
 
     Raises:
@@ -114,7 +114,7 @@ class PEG(PositionEncoding):
     >>> import jax
     >>> x, places = jnp.ones((1, 4, 2)), jnp.arange(4)
     >>> params = {"kernel": jnp.ones((3, 2)), "offset": jnp.zeros(2)}
-    >>> y = PEG().apply({"params": params}, x, x, places[None], places, method="enter")
+    >>> y = PEG().apply({"params": params}, x, x, places[None], places, method="update_stream")
     >>> y[0, :, 0].tolist()
     [2.0, 3.0, 4.0, 4.0]
     """
@@ -151,12 +151,12 @@ class PEG(PositionEncoding):
             raise ValueError(f"PEG block is {self.block}; it must be {wanted}.")
         return self if index == self.block else self.clone(parent=None, name=None, block=None)
 
-    def keep(self, stream):
+    def stream_inputs(self, stream):
         """The stream, before this encoding's block."""
         return None if self.block is None else stream
 
     @nn.compact
-    def enter(self, stream, kept, indices, rows):
+    def update_stream(self, stream, inputs, indices, rows):
         """The stream plus its convolution, summed in float32."""
         if self.block is None:
             return stream
@@ -165,7 +165,7 @@ class PEG(PositionEncoding):
         kernel = self.param("kernel", _uniform, (*taps, width), jnp.float32)
         offset = self.param("offset", nn.initializers.zeros, (width,), jnp.float32)
         if self.grid is None:
-            out = causal_convolution(kept, kernel, indices, rows)
+            out = causal_convolution(inputs, kernel, indices, rows)
         else:
             out = grid_convolution(stream, kernel, indices, self.grid[1])
         total = stream.astype(jnp.float32) + out + offset[None, None, :]

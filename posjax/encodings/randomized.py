@@ -8,7 +8,7 @@ import numpy as np
 
 from posjax.encodings.alibi import ALiBi
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.learned import LearnedAbsolute
+from posjax.encodings.learned import Learned
 from posjax.encodings.rope import RoPE
 from posjax.encodings.wrapper import Wrapper
 from posjax.positions import (
@@ -23,7 +23,7 @@ __all__ = ["Randomized"]
 
 
 class Drawn(NamedTuple):
-    """What `Randomized` hands to its own later places."""
+    """The indices of `Randomized`, for its own later places."""
 
     outside: Bool[Array, "B T"]  # positions that have no number
     inner: tuple[PyTree, ...]  # the indices of the encoding inside, for each draw
@@ -36,7 +36,7 @@ class Randomized(Wrapper):
         the encoding inside sees p_i in place of i
 
     So positions up to max_length are trained by sequences of any length n. One draw serves the
-    whole batch, as in the official code; every packed segment has as many numbers as it has tokens
+    whole batch, as in the official code; every packed segment has one number for each token
     (`posjax.positions.random_subset_positions`). The official code draws once for the network with
     absolute encodings, and anew in every layer (shared by query and key) with RoPE, ALiBi and
     relative ones: `draws` gives each layer its own. For ALiBi and relative encodings it draws
@@ -110,7 +110,7 @@ class Randomized(Wrapper):
     @classmethod
     def learned(cls) -> Self:
         """A trained table of 2048 rows, with one draw for the network."""
-        return cls(encoding=LearnedAbsolute(max_length=2048))
+        return cls(encoding=Learned(max_length=2048))
 
     @property
     def beyond(self) -> str:
@@ -119,7 +119,7 @@ class Randomized(Wrapper):
 
     @property
     def decodes(self) -> bool:
-        """Whether the length of a sequence need not be known."""
+        """Whether decoding works without knowing the final length."""
         known = self.evaluation == "plain" or self.evaluation_length is not None
         return known and self.encoding.decodes
 
@@ -149,29 +149,15 @@ class Randomized(Wrapper):
         indices, carries = zip(*results, strict=True)
         return Drawn(outside, indices), (positions[:, -1] + 1, carries)
 
-    def embed(self, embeddings, indices):
-        """As the encoding inside, at the drawn positions."""
-        return self.encoding.embed(embeddings, indices.inner[self.draw])
+    def inner_indices(self, indices):
+        """The inner indices at the positions of the layer's draw."""
+        return indices.inner[self.draw]
 
-    def begin(self, indices, sizes):
-        """As the encoding inside, at the drawn positions."""
-        return self.encoding.begin(indices.inner[self.draw], sizes)
-
-    def enter(self, stream, kept, indices, rows):
-        """As the encoding inside, at the drawn positions."""
-        return self.encoding.enter(stream, kept, indices.inner[self.draw], rows)
-
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """As the encoding inside, at the drawn positions; NaN for queries that have none."""
-        outside = query_indices.outside[:, :, None, None]
-        query = jnp.where(outside, jnp.asarray(jnp.nan, query.dtype), query)
-        own = query_indices.inner[self.draw], key_indices.inner[self.draw]
-        return self.encoding.rotate(query, key, *own, query_memory, key_memory)
-
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
-        """As the encoding inside, at the drawn positions."""
-        own = query_indices.inner[self.draw], key_indices.inner[self.draw]
-        return self.encoding.bias(query, key, value, *own, memory, shared)
+        outside = query.indices.outside[:, :, None, None]
+        x = jnp.where(outside, jnp.asarray(jnp.nan, query.x.dtype), query.x)
+        return super().rotate(query._replace(x=x), key)
 
     def _drawn(
         self, mode: str, positions: Array, length: int | None, training: bool
@@ -191,7 +177,7 @@ class Randomized(Wrapper):
         return sorted_subset(key, length, self.max_length).at[positions].get(mode="clip")
 
     def _outside(self, field: str, positions: Array, is_whole: bool) -> Bool[Array, "B T"]:
-        """Which positions have no number; raises where they are known."""
+        """Which positions have no number; raises if they are known."""
         limit, length = getattr(self, field), positions.shape[1]
         if is_whole and length > limit:
             raise LengthError(f"Randomized {field} is {limit}; the sequence has {length} tokens.")

@@ -1,7 +1,7 @@
-"""Finds encodings by name, so that adding a file to this folder is all it takes to add an encoding.
+"""Finds encodings by name: a new file in this folder is a new encoding.
 
 The name of an encoding is the name of its file ("rope"). A classmethod that builds a published or
-otherwise special setting is a variant with its own name ("cope.paper" is `CoPE.paper()`); names
+otherwise special setting is a preset with its own name ("cope.paper" is `CoPE.paper()`); names
 joined by "+" are combined.
 """
 
@@ -24,7 +24,8 @@ COMPOSITIONS = {
     "cope+shaw.keys": "2405.18719",
 }
 _NO_ENCODING = "nope"
-_NOT_ENCODINGS = ("base", "registry", "wrapper")
+# Files of this folder that hold bases and families.
+_NOT_ENCODINGS = ("base", "distance", "registry", "rotary", "stream", "wrapper")
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def classes() -> dict[str, type[PositionEncoding]]:
 
 
 def names() -> list[str]:
-    """All names that `create` knows; "nope" stands for no encoding.
+    """All names that `create` knows; "nope" is no encoding.
 
     >>> "cope.paper" in names()
     True

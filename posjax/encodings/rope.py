@@ -1,10 +1,10 @@
 """Rotary Position Embedding (RoPE): query and key are turned by angles that grow with position."""
 
-from typing import Literal, Self
+from typing import Self
 
 import jax.numpy as jnp
 
-from posjax.encodings.base import PositionEncoding
+from posjax.encodings.rotary import Layout, Rotary, Turn, check_layout, lengths, turn
 from posjax.frequencies import (
     DynamicNTK,
     Linear,
@@ -15,46 +15,9 @@ from posjax.frequencies import (
     YaRN,
     rope_frequencies,
 )
-from posjax.types import Array, Float, Num
+from posjax.types import Array, Num
 
-__all__ = ["Layout", "RoPE", "check_layout", "check_pairs", "lengths", "rotate", "turn"]
-
-Layout = Literal["half", "interleaved"]
-
-
-def turn(
-    x: Num[Array, "B T N H"],
-    angles: Float[Array, "#B T #N m"],
-    *,
-    scale: Float[Array, "#B T #N m"] | float = 1.0,
-    layout: Layout = "half",
-) -> Num[Array, "B T N H"]:
-    """Turns the first 2 M channels in pairs by M given angles; the others stay.
-
-        (a, b) -> scale_m (a cos(angle_m) - b sin(angle_m), b cos(angle_m) + a sin(angle_m))
-        half:        (a, b) are channels m and m + M
-        interleaved: (a, b) are channels 2m and 2m + 1
-
-    Returns:
-        An array like x, in x's dtype; computed in float32.
-
-    >>> turn(jnp.array([[[[1.0, 0.0]]]]), jnp.full((1, 1, 1, 1), jnp.pi / 2)).round(3).tolist()
-    [[[[-0.0, 1.0]]]]
-    """
-    pairs, size = angles.shape[-1], x.shape[-1]
-    sin, cos = jnp.sin(angles) * scale, jnp.cos(angles) * scale
-    # The two members of a pair get an axis of their own: before the angles, or behind them.
-    axis, shape = (-2, (2, pairs)) if layout == "half" else (-1, (pairs, 2))
-    first = x[..., : 2 * pairs].astype(jnp.float32).reshape(*x.shape[:-1], *shape)
-    a, b = (jnp.take(first, member, axis=axis) for member in (0, 1))
-    first = jnp.stack((a * cos - b * sin, b * cos + a * sin), axis=axis)
-    first = first.reshape(*x.shape[:-1], 2 * pairs).astype(x.dtype)
-    return first if 2 * pairs == size else jnp.concatenate((first, x[..., 2 * pairs :]), axis=-1)
-
-
-def lengths(positions: Num[Array, "B T"]) -> Num[Array, "B"]:
-    """How many positions each row has: its greatest one, plus 1."""
-    return jnp.max(positions, axis=1) + 1
+__all__ = ["RoPE", "rope_turn", "rotate"]
 
 
 def rotate(
@@ -67,7 +30,7 @@ def rotate(
     scaling: Scaling | None = None,
     length: Num[Array, "#B"] | None = None,
 ) -> Num[Array, "B T N H"]:
-    """Turns pairs of channels by angles proportional to the position (`turn`).
+    """Turns pairs of channels by angles proportional to the position (`rotary.turn`).
 
         angle_m = position * base^(-2m / R)                R = fraction * H,  m = 0 ... R / 2 - 1
 
@@ -91,21 +54,36 @@ def rotate(
     >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.array([[0]])).tolist()
     [[[[1.0, 1.0]]]]
     """
-    size = x.shape[-1]
-    turned = int(fraction * size)
+    of_x = rope_turn(positions, x.shape[-1], base, fraction, scaling, length)
+    return turn(x, *of_x, layout=layout)
+
+
+def rope_turn(
+    positions: Num[Array, "#B T"],
+    head_size: int,
+    base: float = 10_000.0,
+    fraction: float = 1.0,
+    scaling: Scaling | None = None,
+    length: Num[Array, "#B"] | None = None,
+) -> Turn:
+    """The turn of `rotate`, whose arguments these are.
+
+    >>> rope_turn(jnp.array([[3]]), 2).angles.tolist()
+    [[[[3.0]]]]
+    """
+    turned = int(fraction * head_size)
     if turned < 2 or turned % 2:
-        channels = f"fraction={fraction} of head size {size} is {turned} channels"
+        channels = f"fraction={fraction} of head size {head_size} is {turned} channels"
         raise ValueError(f"{channels}; RoPE turns pairs: it must be even and at least 2.")
     frequencies, factor = rope_frequencies(turned, base), 1.0
     if scaling is not None:
         length = lengths(positions) if length is None else length
         frequencies, factor = scaling(turned, base, length)
     frequencies = jnp.asarray(frequencies, jnp.float32).reshape(-1, 1, 1, turned // 2)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    return turn(x, angles, scale=factor, layout=layout)
+    return Turn(positions.astype(jnp.float32)[:, :, None, None] * frequencies, factor)
 
 
-class RoPE(PositionEncoding):
+class RoPE(Rotary):
     """Turns query and key in every layer, so that scores depend on relative positions (`rotate`).
 
         logit_ij = H^-0.5 rotate(q_i, i) . rotate(k_j, j)
@@ -133,8 +111,9 @@ class RoPE(PositionEncoding):
         Su, Lu, Pan, Murtadha, Wen, Liu, RoFormer: Enhanced Transformer with Rotary Position
         Embedding, arXiv:2104.09864, equations 14, 15 and 34.
 
-    >>> x, p = jnp.ones((1, 2, 1, 4)), jnp.array([[0, 1]])
-    >>> query, key = RoPE().apply({}, x, x, p, p, method="rotate")
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 2, 1, 4)), jnp.array([[0, 1]]))
+    >>> query, key = RoPE().apply({}, side, side, method="rotate")
     >>> query.shape
     (1, 2, 1, 4)
     >>> RoPE.yarn().scaling.factor
@@ -197,28 +176,10 @@ class RoPE(PositionEncoding):
         """Llama 3.1 (arXiv:2407.21783): from 8192 to 65,536 positions and beyond."""
         return cls(base=500_000.0, scaling=Llama3())
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their own positions; the lengths are those of the keys."""
-        length = None
-        if self.scaling is not None and self.scaling.reads_length:
-            length = lengths(key_indices)
-        settings = {
-            "base": self.base,
-            "fraction": self.fraction,
-            "layout": self.layout,
-            "scaling": self.scaling,
-            "length": length,
-        }
-        return rotate(query, query_indices, **settings), rotate(key, key_indices, **settings)
-
-
-def check_layout(name: str, layout: str) -> None:
-    """Raises ValueError for a layout that `turn` does not know."""
-    if layout not in ("half", "interleaved"):
-        raise ValueError(f'{name} layout is {layout!r}; it must be "half" or "interleaved".')
-
-
-def check_pairs(name: str, head_size: int) -> None:
-    """Raises ValueError where the channels of a head do not come in pairs."""
-    if head_size % 2:
-        raise ValueError(f"{name} turns pairs of channels; head size {head_size} must be even.")
+    def turns(self, query, key):
+        """The angles of their own positions; the lengths are those of the keys."""
+        reads_length = self.scaling is not None and self.scaling.reads_length
+        length = lengths(key.indices) if reads_length else None
+        settings = self.base, self.fraction, self.scaling, length
+        size = query.x.shape[-1]
+        return tuple(rope_turn(side.indices, size, *settings) for side in (query, key))

@@ -67,8 +67,9 @@ class Sandwich(PositionEncoding):
         Chi, Fan, Rudnicky, Ramadge, Dissecting Transformer Length Extrapolation via the Lens of
         Receptive Field Analysis, arXiv:2212.10356 (the section on Sandwich).
 
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
-    >>> bias = Sandwich().apply({}, x, x, x, p, p, method="bias")
+    >>> bias = Sandwich().apply({}, Side(x, p), Side(x, p), method="bias")
     >>> [[round(x, 2) for x in head] for head in bias.function(None, p, p)[0, :, 2].tolist()]
     [[14.35, 15.52, 16.0], [7.17, 7.76, 8.0]]
     """
@@ -83,9 +84,9 @@ class Sandwich(PositionEncoding):
             raise ValueError(f"Sandwich base is {self.base}; it must be greater than 1.")
         super().__post_init__()
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The bias for query's heads."""
-        heads = query.shape[2]
+        heads = query.x.shape[2]
         ratios = tuple(8 * head / heads for head in range(1, heads + 1))
         function = CosineSum(ratios, self.width, self.base)
-        return RelativeBias(function, None, query_indices, key_indices, distance_only=True)
+        return RelativeBias(function, None, query.indices, key.indices, distance_only=True)

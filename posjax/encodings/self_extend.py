@@ -3,9 +3,9 @@
 from typing import ClassVar
 
 from posjax.biases.grouped import GroupedBias
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, rotate
-from posjax.types import Array, Float, Num
+from posjax.encodings.rope import rope_turn
+from posjax.encodings.rotary import Layout, Rotary, check_layout, turn
+from posjax.types import Array, Num
 
 __all__ = ["SelfExtend", "group_shifts"]
 
@@ -18,7 +18,7 @@ def group_shifts(
         query: floor(i / group) + window - window / group - i
         key:   floor(j / group) - j
 
-    A key at distance `window`, the nearest far one, then stands at `window` too, and distances grow
+    A key at distance `window`, the nearest far one, is then at `window` too, and distances grow
     by 1 for each `group` from there on.
 
     >>> import jax.numpy as jnp
@@ -30,8 +30,8 @@ def group_shifts(
     return of_key + (window - window // group), of_key
 
 
-class SelfExtend(PositionEncoding):
-    """RoPE near by; beyond `window`, RoPE at positions in groups of `group`. Needs no training.
+class SelfExtend(Rotary):
+    """Exact RoPE up to `window`; beyond it, RoPE at positions in groups. Needs no training.
 
         logit_ij = H^-0.5 rotate(q_i, i) . rotate(k_j, j)                         i - j < window
                    H^-0.5 rotate(q_i, i // G + window - window / G) . rotate(k_j, j // G)    else
@@ -42,12 +42,12 @@ class SelfExtend(PositionEncoding):
     blockwise attention computes two products for each pair and never builds an array of them.
 
     The official code uses window / G with a fraction when it reads the prompt and the floor when it
-    decodes; window must be a multiple of G here, where both are the same. Its optional factor
+    decodes; here window must be a multiple of G, so that both are the same. Its optional factor
     max(1, ln(i + 1) / ln L) for queries is `log_length.clipped` before this encoding. Tested
     against the output of the official code.
 
     Args:
-        group: G, so many neighbouring positions become one; at least 1, where it is RoPE.
+        group: G, the number of neighbouring positions that become one; at least 1, which is RoPE.
         window: distances below it are exact; a multiple of group.
         base: of RoPE's frequencies; above 1.
         fraction: share of each head's channels that are turned, above 0 and up to 1.
@@ -58,8 +58,9 @@ class SelfExtend(PositionEncoding):
         arXiv:2401.01325, section 3.
 
     >>> import jax.numpy as jnp
-    >>> x, p = jnp.ones((1, 3, 1, 4)), jnp.array([[0, 7, 19]])
-    >>> bias = SelfExtend(group=4, window=8).apply({}, x, x, x, p, p, method="bias")
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 3, 1, 4)), jnp.array([[0, 7, 19]]))
+    >>> bias = SelfExtend(group=4, window=8).apply({}, side, side, method="bias")
     >>> bias.window
     8
     """
@@ -85,16 +86,14 @@ class SelfExtend(PositionEncoding):
         check_layout("SelfExtend", self.layout)
         super().__post_init__()
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their own positions."""
-        return self._turn(query, query_indices), self._turn(key, key_indices)
+    def turn_of(self, side):
+        """RoPE's angles."""
+        return rope_turn(side.indices, side.x.shape[-1], self.base, self.fraction)
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
-        """What far pairs differ by; turned query and key are turned on to grouped positions."""
-        of_query, _ = group_shifts(query_indices, self.group, self.window)
-        _, of_key = group_shifts(key_indices, self.group, self.window)
-        features = self._turn(query, of_query), self._turn(key, of_key)
-        return GroupedBias(*features, query_indices, key_indices, self.window)
-
-    def _turn(self, x: Num[Array, "B T N H"], angles: Num[Array, "B T"]) -> Float[Array, "B T N H"]:
-        return rotate(x, angles, base=self.base, fraction=self.fraction, layout=self.layout)
+    def bias(self, query, key, shared=None):
+        """The difference for far pairs; turned query and key are turned on to grouped positions."""
+        of_query, _ = group_shifts(query.indices, self.group, self.window)
+        _, of_key = group_shifts(key.indices, self.group, self.window)
+        shifts = query._replace(indices=of_query), key._replace(indices=of_key)
+        features = (turn(side.x, *self.turn_of(side), layout=self.layout) for side in shifts)
+        return GroupedBias(*features, query.indices, key.indices, self.window)

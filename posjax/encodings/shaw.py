@@ -36,8 +36,9 @@ class Shaw(PositionEncoding):
         arXiv:1803.02155, section 3.
 
     >>> import jax
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
-    >>> variables = Shaw().init(jax.random.key(0), x, x, x, p, p, method="bias")
+    >>> variables = Shaw().init(jax.random.key(0), Side(x, p), Side(x, p), method="bias")
     >>> jax.tree.map(jnp.shape, variables)
     {'params': {'key_table': (33, 4), 'value_table': (33, 4)}}
     """
@@ -58,9 +59,9 @@ class Shaw(PositionEncoding):
         return cls(with_values=False)
 
     @nn.compact
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """What is added to logits and to values."""
-        heads, size = query.shape[2:]
+        heads, size = query.x.shape[2:]
         shape = (2 * self.max_distance + 1, size)
         shape = (heads, *shape) if self.per_head else shape
         start = nn.initializers.xavier_uniform(batch_axis=0 if self.per_head else ())
@@ -70,7 +71,7 @@ class Shaw(PositionEncoding):
         return ClippedTableBias(
             query_table=self.param("key_table", start, shape, jnp.float32),
             value_table=value_table,
-            query_positions=query_indices,
-            key_positions=key_indices,
+            query_positions=query.indices,
+            key_positions=key.indices,
             clip=(self.max_distance, self.max_distance),
         )

@@ -31,13 +31,13 @@ class StickBreaking(PositionEncoding):
         Tan, Yang, Courville, Panda, Shen, Scaling Stick-Breaking Attention: An Efficient
         Implementation and In-depth Study, arXiv:2410.17980, section 2.
 
-    >>> StickBreaking().apply({}, *[None] * 5, method="bias").uses_softmax
+    >>> StickBreaking().apply({}, None, None, method="bias").uses_softmax
     False
     """
 
     attend_current: bool = False
     is_causal_only: ClassVar[bool] = True
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The description; it looks at query and key inside the attention call."""
         return StickBreakingBias(self.attend_current)

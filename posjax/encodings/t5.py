@@ -12,7 +12,7 @@ from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Int, Num, PyTree
 
-__all__ = ["BucketTable", "T5Bias", "check_shared", "t5_buckets"]
+__all__ = ["T5", "BucketTable", "check_shared", "t5_buckets"]
 
 
 def t5_buckets(
@@ -72,7 +72,7 @@ class BucketTable:
         return jnp.moveaxis(by_distance.at[index].get(mode="promise_in_bounds"), -1, 1)
 
 
-class T5Bias(PositionEncoding):
+class T5(PositionEncoding):
     """Adds a trained number to the logits for each head and bucket of distances (`t5_buckets`).
 
         logit_ij = H^-0.5 q_i . k_j + table[bucket(j - i), n]
@@ -97,8 +97,9 @@ class T5Bias(PositionEncoding):
         Transformer, arXiv:1910.10683, section 2.1.
 
     >>> import jax
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
-    >>> T5Bias(share_layers=False).init(jax.random.key(0), x, x, x, p, p, method="bias")
+    >>> T5(share_layers=False).init(jax.random.key(0), Side(x, p), Side(x, p), method="bias")
     {'params': {'table': ...}}
     """
 
@@ -113,7 +114,7 @@ class T5Bias(PositionEncoding):
         _all_buckets(self.num_buckets, self.max_distance, self.bidirectional)
         if not self.initial_deviation >= 0:
             deviation = self.initial_deviation
-            raise ValueError(f"T5Bias initial_deviation is {deviation}; it must be 0 or more.")
+            raise ValueError(f"T5 initial_deviation is {deviation}; it must be 0 or more.")
         super().__post_init__()
 
     @classmethod
@@ -130,13 +131,13 @@ class T5Bias(PositionEncoding):
         """The table of all layers, [num_buckets, N]; None where each layer has its own."""
         return self._table(sizes.heads) if self.share_layers else None
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The bias for query's heads."""
         if self.share_layers:
-            check_shared("T5Bias", shared)
-        table = shared if self.share_layers else self._table(query.shape[2])
+            check_shared("T5", shared)
+        table = shared if self.share_layers else self._table(query.x.shape[2])
         function = BucketTable(self.num_buckets, self.max_distance, self.bidirectional)
-        return RelativeBias(function, table, query_indices, key_indices, distance_only=True)
+        return RelativeBias(function, table, query.indices, key.indices, distance_only=True)
 
     @nn.compact
     def _table(self, heads: int) -> Float[Array, "P N"]:
@@ -163,12 +164,12 @@ def _all_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> np
     """The buckets of the relative positions -max_distance ... max_distance."""
     if num_buckets < (4 if bidirectional else 2) or (bidirectional and num_buckets % 2):
         wanted = "an even number of at least 4" if bidirectional else "at least 2"
-        raise ValueError(f"T5Bias num_buckets is {num_buckets}; it must be {wanted}.")
+        raise ValueError(f"T5 num_buckets is {num_buckets}; it must be {wanted}.")
     side = num_buckets // 2 if bidirectional else num_buckets
     exact = side // 2
     if max_distance <= exact:
         wanted = f"exceed {exact}, the distances with a bucket of their own"
-        raise ValueError(f"T5Bias max_distance is {max_distance}; it must {wanted}.")
+        raise ValueError(f"T5 max_distance is {max_distance}; it must {wanted}.")
     distance = np.arange(max_distance + 1)
     edges = [_edge(step, side - exact, exact, max_distance) for step in range(1, side - exact)]
     before = np.minimum(distance, exact) + np.searchsorted(edges, distance, side="right")

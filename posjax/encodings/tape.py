@@ -1,4 +1,4 @@
-"""TAPE: rotary positions that every layer updates by what the tokens say."""
+"""TAPE: rotary positions that every layer updates by the content of the tokens."""
 
 from typing import ClassVar, Self
 
@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.encodings.base import PositionEncoding, Sizes
+from posjax.encodings.base import Sizes
+from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Num
 
-__all__ = ["TAPE", "rotary_state", "turn"]
+__all__ = ["TAPE", "multiply_pairs", "rotary_state"]
 
 
 def rotary_state(
@@ -31,7 +32,9 @@ def rotary_state(
     return jnp.broadcast_to(state, (*positions.shape, heads, *state.shape[3:]))
 
 
-def turn(x: Num[Array, "B T N H"], state: Float[Array, "B T K 2 pairs"]) -> Num[Array, "B T N H"]:
+def multiply_pairs(
+    x: Num[Array, "B T N H"], state: Float[Array, "B T K 2 pairs"]
+) -> Num[Array, "B T N H"]:
     """Multiplies channel pairs (m, m + H / 2) by the state as complex numbers; keeps x's dtype."""
     state = jnp.repeat(state.astype(jnp.float32), x.shape[2] // state.shape[2], axis=2)
     cos, sin = state[..., 0, :], state[..., 1, :]
@@ -39,7 +42,7 @@ def turn(x: Num[Array, "B T N H"], state: Float[Array, "B T K 2 pairs"]) -> Num[
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
 
 
-class TAPE(PositionEncoding):
+class TAPE(StreamEncoding):
     """Starts as RoPE and lets attention and MLP change each token's rotation from layer to layer.
 
         e           = (cos, sin) of RoPE's angles for every head       before the first layer
@@ -50,11 +53,11 @@ class TAPE(PositionEncoding):
     weight_ij are the layer's attention weights, x_i is what the layer's MLP adds to the residual
     stream. Both updates act on heads only, so a rotation of all states by one angle commutes with
     them, and all of it depends on relative positions only. `up` and `attention` start at 0, so the
-    model starts as RoPE. Once updated, states are no rotations any more: their lengths change.
+    model starts as RoPE. Once updated, states are no longer rotations: their lengths change.
 
     The paper's attention update mixes heads by a matrix; the official code scales each head by the
     sum of the matrix's row. The code's form is the default, `mix_heads` is the other. The code has
-    no decoding and no grouped heads. Here states are cached, and where heads are grouped there is
+    no decoding and no grouped heads. Here states are cached, and if heads are grouped there is
     one state for each key head: the mean over its group of the attention update. Exact against a
     transcription of the official layer.
 
@@ -73,7 +76,7 @@ class TAPE(PositionEncoding):
         Zhu, Wang, Cai, Li, Wang, Wang, Rethinking Addressing in Language Models via Contextualized
         Equivariant Positional Encoding, arXiv:2501.00712, section 3.
 
-    >>> TAPE().apply({}, jnp.array([[0, 1]]), Sizes(2, 2, 8), method="begin").shape
+    >>> TAPE().apply({}, jnp.array([[0, 1]]), Sizes(2, 2, 8), method="init_state").shape
     (1, 2, 2, 2, 4)
     """
 
@@ -103,24 +106,24 @@ class TAPE(PositionEncoding):
             positions += jax.random.randint(self.make_rng("encoding"), (), 0, self.max_shift + 1)
         return positions, carry
 
-    def begin(self, indices, sizes: Sizes):
+    def init_state(self, indices, sizes: Sizes):
         """RoPE's angles."""
         return rotary_state(indices, sizes.kv_heads, sizes.head_size, self.base)
 
-    def remember(self, inputs, sizes, state=None):
+    def cache(self, inputs, sizes, state=None):
         """The state of the tokens as they enter the layer."""
         return state
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """Query and key, multiplied by their states."""
-        return turn(query, query_memory), turn(key, key_memory)
+        return multiply_pairs(query.x, query.memory), multiply_pairs(key.x, key.memory)
 
-    def carried(self, memory):
+    def extra_values(self, memory):
         """The states of the keys as values, [B, S, K, H]."""
         return memory.reshape(*memory.shape[:3], -1)
 
     @nn.compact
-    def advance(self, state, change, mixed):
+    def update_state(self, state, change, mixed):
         """The state after the layer's attention and MLP."""
         heads = state.shape[2]
         zeros, normal = nn.initializers.zeros, nn.initializers.normal(0.02)

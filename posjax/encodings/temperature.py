@@ -1,10 +1,10 @@
-"""Temperature: whole logits, bias included, are divided by tau, for contexts beyond training."""
+"""Temperature: logits, bias included, are divided by tau, for contexts beyond training."""
 
 import jax.numpy as jnp
 
 from posjax.biases.scaled import ScaledBias
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.t5 import T5Bias
+from posjax.encodings.t5 import T5
 from posjax.encodings.wrapper import Wrapper
 
 __all__ = ["Temperature"]
@@ -17,11 +17,11 @@ class Temperature(Wrapper):
 
     Longer sequences spread attention thinner; a tau below 1 sharpens it again, without training.
     `posjax.alignment` finds the tau at which attention at the new length is as sharp as it was at
-    the trained one. The inner encoding sees queries and their products as they are without tau, so
-    the gates of CoPE count as before. In a combination, wrap the whole: only the bias of the
+    the trained one. The inner encoding sees queries and their products without tau, so the gates
+    of CoPE count as before. Wrap a whole combination, not a part of it: only the bias of the
     encoding inside is divided.
 
-    Whatever the encoding inside does beyond the trained length stays. Tested against a
+    Beyond the trained length it does what the encoding inside does. Tested against a
     transcription of the formula. An encoding without a softmax (stick-breaking) is refused.
 
     Args:
@@ -33,15 +33,16 @@ class Temperature(Wrapper):
         Transformer Length Extrapolation, arXiv:2311.00684.
 
     >>> from posjax.encodings import ALiBi
-    >>> x, p = jnp.ones((1, 2, 1, 4)), jnp.arange(2)[None]
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 2, 1, 4)), jnp.arange(2)[None])
     >>> sharper = Temperature(ALiBi(), temperature=0.8)
-    >>> sharper.apply({}, x, x, p, p, method="rotate")[0][0, 0, 0].tolist()
+    >>> sharper.apply({}, side, side, method="rotate")[0][0, 0, 0].tolist()
     [1.25, 1.25, 1.25, 1.25]
-    >>> sharper.apply({}, x, x, x, p, p, method="bias").factor
+    >>> sharper.apply({}, side, side, method="bias").factor
     1.25
     """
 
-    encoding: PositionEncoding = T5Bias()
+    encoding: PositionEncoding = T5()
     temperature: float = 0.8
 
     def __post_init__(self):
@@ -49,16 +50,15 @@ class Temperature(Wrapper):
             raise ValueError(f"Temperature temperature is {self.temperature}; it must be above 0.")
         super().__post_init__()
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
+    def rotate(self, query, key):
         """As the encoding inside; then the query over tau."""
-        own = query_indices, key_indices, query_memory, key_memory
-        query, key = self.encoding.rotate(query, key, *own)
+        query, key = self.encoding.rotate(query, key)
         return _times(query, 1 / self.temperature), key
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The inner bias over tau."""
-        own = query_indices, key_indices, memory, shared
-        bias = self.encoding.bias(_times(query, self.temperature), key, value, *own)
+        query = query._replace(x=_times(query.x, self.temperature))
+        bias = self.encoding.bias(query, key, shared)
         factor = 1 / self.temperature
         return None if bias is None else ScaledBias(bias, factor, query_factor=factor)
 

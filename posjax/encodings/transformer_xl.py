@@ -41,8 +41,9 @@ class TransformerXL(PositionEncoding):
         Dai, Yang, Yang, Carbonell, Le, Salakhutdinov, Transformer-XL: Attentive Language Models
         Beyond a Fixed-Length Context, arXiv:1901.02860, section 3.3 and appendix B.
 
+    >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 2, 4)), jnp.array([[0, 1, 2]])
-    >>> variables = TransformerXL().init(jax.random.key(0), x, x, x, p, p, method="bias")
+    >>> variables = TransformerXL().init(jax.random.key(0), Side(x, p), Side(x, p), method="bias")
     >>> variables["params"]["kernel"].shape
     (8, 2, 4)
     """
@@ -72,9 +73,9 @@ class TransformerXL(PositionEncoding):
         """The u and v of all layers; None where each layer has its own."""
         return self._biases(sizes.heads, sizes.head_size) if self.share_layers else None
 
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
+    def bias(self, query, key, shared=None):
         """The terms that the logit has beside the product of query and key."""
-        heads, size = query.shape[2:]
+        heads, size = query.x.shape[2:]
         width = heads * size if self.width is None else self.width
         if width % 2:
             raise ValueError(f"TransformerXL width is N * H = {width} here; set an even `width`.")
@@ -84,9 +85,9 @@ class TransformerXL(PositionEncoding):
         return SinusoidBias(
             kernel=self._trained("kernel", (width, heads, size)),
             query_bias=v,
-            key_logits=_products(key, u),
-            query_positions=query_indices,
-            key_positions=key_indices,
+            key_logits=_products(key.x, u),
+            query_positions=query.indices,
+            key_positions=key.indices,
             base=self.base,
         )
 

@@ -1,11 +1,42 @@
 """A base for encodings that change what another encoding sees."""
 
-from posjax.encodings.base import PositionEncoding
+import functools
+import inspect
+
+from posjax.encodings.base import PositionEncoding, Side
+from posjax.encodings.stream import StreamEncoding, stream_of
+from posjax.types import PyTree
 
 __all__ = ["Wrapper"]
 
 
-class Wrapper(PositionEncoding):
+def _property(name: str) -> property:
+    """A property with the value that the encoding inside has."""
+    return property(lambda self: getattr(self.encoding, name), doc="As the encoding inside.")
+
+
+def _hook(name: str):
+    """A method that calls the same one of the encoding inside, with `inner_indices` of indices."""
+    base = getattr(StreamEncoding, name)
+    signature = inspect.signature(base)
+
+    # Linen marks methods that it has wrapped in their __dict__, which must not be copied.
+    @functools.wraps(base, updated=())
+    def call(self, *args, **settings):
+        bound = signature.bind(self, *args, **settings)
+        for argument, value in bound.arguments.items():
+            if isinstance(value, Side):
+                value = value._replace(indices=self.inner_indices(value.indices))
+            elif argument == "indices":
+                value = self.inner_indices(value)
+            bound.arguments[argument] = value
+        inside = self.encoding if hasattr(PositionEncoding, name) else stream_of(self.encoding)
+        return getattr(inside, name)(*bound.args[1:], **bound.kwargs)
+
+    return call
+
+
+class Wrapper(StreamEncoding):
     """Hands everything on to `encoding`; subclasses override what they change.
 
     Args:
@@ -20,25 +51,10 @@ class Wrapper(PositionEncoding):
             raise ValueError(f"{got}; it must be a PositionEncoding.")
         super().__post_init__()
 
-    @property
-    def is_causal_only(self) -> bool:
-        """As the encoding inside."""
-        return self.encoding.is_causal_only
-
-    @property
-    def reads_ahead(self) -> bool:
-        """As the encoding inside."""
-        return self.encoding.reads_ahead
-
-    @property
-    def beyond(self) -> str:
-        """As the encoding inside."""
-        return self.encoding.beyond
-
-    @property
-    def decodes(self) -> bool:
-        """As the encoding inside."""
-        return self.encoding.decodes
+    is_causal_only = _property("is_causal_only")
+    reads_ahead = _property("reads_ahead")
+    beyond = _property("beyond")
+    decodes = _property("decodes")
 
     def clone(self, **settings):
         """A copy around an unbound copy of the encoding, which makes its own parameters."""
@@ -50,48 +66,18 @@ class Wrapper(PositionEncoding):
         inner = self.encoding.layer(index, layers)
         return self if inner is self.encoding else self.clone(parent=None, encoding=inner)
 
-    def positions(self, tokens, positions, carry=None, **settings):
-        """Those of the encoding inside."""
-        return self.encoding.positions(tokens, positions, carry, **settings)
+    def inner_indices(self, indices: PyTree) -> PyTree:
+        """The indices of the encoding inside, for a subclass that keeps more beside them."""
+        return indices
 
-    def embed(self, embeddings, indices):
-        """As the encoding inside."""
-        return self.encoding.embed(embeddings, indices)
-
-    def shared(self, sizes):
-        """As the encoding inside."""
-        return self.encoding.shared(sizes)
-
-    def begin(self, indices, sizes):
-        """As the encoding inside."""
-        return self.encoding.begin(indices, sizes)
-
-    def keep(self, stream):
-        """As the encoding inside."""
-        return self.encoding.keep(stream)
-
-    def enter(self, stream, kept, indices, rows):
-        """As the encoding inside."""
-        return self.encoding.enter(stream, kept, indices, rows)
-
-    def remember(self, inputs, sizes, state=None):
-        """As the encoding inside."""
-        return self.encoding.remember(inputs, sizes, state)
-
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """As the encoding inside."""
-        return self.encoding.rotate(
-            query, key, query_indices, key_indices, query_memory, key_memory
-        )
-
-    def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):
-        """As the encoding inside."""
-        return self.encoding.bias(query, key, value, query_indices, key_indices, memory, shared)
-
-    def carried(self, memory):
-        """As the encoding inside."""
-        return self.encoding.carried(memory)
-
-    def advance(self, state, change, mixed):
-        """As the encoding inside."""
-        return self.encoding.advance(state, change, mixed)
+    positions = _hook("positions")
+    embed = _hook("embed")
+    shared = _hook("shared")
+    cache = _hook("cache")
+    rotate = _hook("rotate")
+    bias = _hook("bias")
+    init_state = _hook("init_state")
+    stream_inputs = _hook("stream_inputs")
+    update_stream = _hook("update_stream")
+    extra_values = _hook("extra_values")
+    update_state = _hook("update_state")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention import dot_product_attention
-from posjax.encodings.base import PositionEncoding
+from posjax.encodings.base import PositionEncoding, Side
+from posjax.encodings.stream import stream_of
 from posjax.models.config import TransformerConfig
 from posjax.types import Array, Float, Int, PyTree
 
@@ -15,11 +16,11 @@ __all__ = ["Attention", "Block", "Context", "LayerState", "Remembered"]
 
 
 class Context(NamedTuple):
-    """What all layers share in one call."""
+    """The arrays that all layers share in one call."""
 
     query_indices: PyTree  # of the encoding, [B, T, ...]
     key_indices: PyTree  # [B, S, ...]
-    rows: Int[Array, "T"]  # where these tokens stand among all tokens known so far
+    rows: Int[Array, "T"]  # places of these tokens among all tokens known so far
     query_positions: Int[Array, "B T"] | None  # place in the cache; None without a cache
     segment_ids: Int[Array, "B T"] | None
     shared: PyTree  # parameters of the encoding that all layers use
@@ -27,7 +28,7 @@ class Context(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """What an attention layer keeps of each token."""
+    """The arrays that an attention layer keeps of each token."""
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
@@ -35,10 +36,10 @@ class Remembered(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """What a layer keeps of each token."""
+    """The arrays that a layer keeps of each token."""
 
     attention: Remembered
-    kept: PyTree  # what the encoding wants to see of the residual stream
+    stream_inputs: PyTree  # of the encoding
 
 
 class Attention(nn.Module):
@@ -55,24 +56,26 @@ class Attention(nn.Module):
         cached: Remembered | None = None,
         state: PyTree = None,
     ) -> tuple[Float[Array, "B T D"], Remembered, Float[Array, "B T N E"] | None]:
-        """The sublayer's output, what it keeps of all tokens, averages of the encoding's values."""
+        """The sublayer's output, its arrays of all tokens, averages of the encoding's values."""
         config, encoding, size = self.config, self.encoding, self.config.size_of_head
         query = _projection(config, (config.heads, size), "query")(inputs)
         new = Remembered(
             _projection(config, (config.key_heads, size), "key")(inputs),
             _projection(config, (config.key_heads, size), "value")(inputs),
-            encoding.remember(inputs, config.sizes, state),
+            encoding.cache(inputs, config.sizes, state),
         )
         known = write_all(cached, new, context.offset)
-        indices = context.query_indices, context.key_indices
-        query, key = encoding.rotate(query, known.key, *indices, new.memory, known.memory)
-        bias = encoding.bias(query, key, known.value, *indices, known.memory, context.shared)
-        value, carried = known.value, encoding.carried(known.memory)
-        if carried is not None:
-            value = jnp.concatenate((value, carried.astype(value.dtype)), axis=-1)
+        query = Side(query, context.query_indices, new.memory)
+        key = Side(known.key, context.key_indices, known.memory, known.value)
+        turned = encoding.rotate(query, key)
+        query, key = query._replace(x=turned[0]), key._replace(x=turned[1])
+        bias = encoding.bias(query, key, context.shared)
+        value, extra = known.value, stream_of(encoding).extra_values(known.memory)
+        if extra is not None:
+            value = jnp.concatenate((value, extra.astype(value.dtype)), axis=-1)
         mixed = dot_product_attention(
-            query,
-            key,
+            query.x,
+            key.x,
             value,
             bias,
             is_causal=True,
@@ -82,11 +85,11 @@ class Attention(nn.Module):
             implementation=config.implementation,
         )
         output = _output_projection(config, (-2, -1), "output")(mixed[..., :size])
-        return output, known, None if carried is None else mixed[..., size:]
+        return output, known, None if extra is None else mixed[..., size:]
 
 
 class MLP(nn.Module):
-    """Two matrices with an activation between them, or three where the activation is gated."""
+    """Two matrices with an activation between them, or three if the activation is gated."""
 
     config: TransformerConfig
 
@@ -118,24 +121,24 @@ class Block(nn.Module):
         cached: LayerState | None,
         context: Context,
     ) -> tuple[tuple[Float[Array, "B T D"], PyTree], LayerState]:
-        """The residual stream and the encoding's state after the block; what the layer keeps."""
+        """The residual stream and the encoding's state after the block; the state of the layer."""
         (stream, state), encoding = flow, self.encoding
-        kept = encoding.keep(stream)
-        kept = kept if cached is None else write_all(cached.kept, kept, context.offset)
-        stream = encoding.enter(stream, kept, context.query_indices, context.rows)
+        of_stream, old = stream_of(encoding), cached or LayerState(None, None)
+        inputs = write_all(old.stream_inputs, of_stream.stream_inputs(stream), context.offset)
+        stream = of_stream.update_stream(stream, inputs, context.query_indices, context.rows)
         attention = Attention(self.config, encoding, name="attention")
         before, after = (norm, _identity) if self.config.norm == "pre" else (_identity, norm)
         drop = nn.Dropout(self.config.dropout, deterministic=self.deterministic)
         output, known, mixed = attention(
             before(self.config, "attention_norm")(stream),
             context,
-            None if cached is None else cached.attention,
+            old.attention,
             state,
         )
         middle = after(self.config, "attention_norm")(stream + drop(output))
         changed = MLP(self.config, name="mlp")(before(self.config, "mlp_norm")(middle))
         stream = after(self.config, "mlp_norm")(middle + drop(changed))
-        return (stream, encoding.advance(state, changed, mixed)), LayerState(known, kept)
+        return (stream, of_stream.update_state(state, changed, mixed)), LayerState(known, inputs)
 
 
 def norm(config: TransformerConfig, name: str) -> nn.Module:
@@ -150,7 +153,7 @@ def write_at(old: Array, new: Array, offset: Int[Array, ""]) -> Array:
 
 
 def write_all(old: PyTree, new: PyTree, offset: Int[Array, ""] | None) -> PyTree:
-    """`write_at` for every array; `new` itself where there is no cache."""
+    """`write_at` for every array; `new` itself if there is no cache."""
     return new if old is None else jax.tree.map(lambda o, n: write_at(o, n, offset), old, new)
 
 

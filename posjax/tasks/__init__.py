@@ -1,8 +1,8 @@
 """Tasks: data to train a model on, and how it is scored.
 
-A new task is a new file and one line below, for editors and type checkers. `TASKS["selective_copy"]`
-is the class that selective_copy.py defines. `posjax.tasks.data` feeds tasks to a training loop; it
-is imported on its own, because it needs Grain.
+A new task is a new file, and one line below for editors and type checkers. The class that
+selective_copy.py defines is `TASKS["selective_copy"]`. `posjax.tasks.data` feeds tasks to a
+training loop; it is imported on its own, because it needs Grain.
 """
 
 import importlib
