@@ -1,6 +1,7 @@
 """Position encodings for attention in JAX: the position encoding is an argument of attention."""
 
 import importlib
+import inspect
 from typing import Any
 
 from posjax.attention import dot_product_attention, explain
@@ -37,6 +38,7 @@ def __getattr__(name: str) -> Any:
     """Encodings as `posjax.CoPE`, ...; Flax is imported when the first one is asked for."""
     if not name.startswith("_"):
         encodings = importlib.import_module("posjax.encodings")
-        if name in encodings.__all__:
-            return getattr(encodings, name)
+        value = getattr(encodings, name, None)
+        if inspect.isclass(value) or name in ("create", "names"):
+            return value
     raise AttributeError(f"module 'posjax' has no attribute {name!r}")

@@ -2,8 +2,8 @@
 
 An encoding is a Flax Linen module over pure functions. A Linen module is a frozen dataclass, so the
 unbound module *is* the configuration: `CoPE(num_positions=64)` stands in a config file as it is.
-Adding an encoding adds one file to this folder: every subclass of `PositionEncoding` defined here
-is found by `posjax.encodings.registry`. Most encodings belong to a family and say one thing:
+Adding an encoding adds one file to this folder, which `posjax.encodings.registry` finds by itself,
+and one line to its `__init__`. Most encodings belong to a family and say one thing:
 
 | family                                     | a subclass says                                 |
 |--------------------------------------------|-------------------------------------------------|

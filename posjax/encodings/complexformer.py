@@ -7,7 +7,7 @@ from posjax.encodings.rotary import Layout, Rotary, Turn, check_layout, check_pa
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Num
 
-__all__ = ["CMHA", "phases"]
+__all__ = ["ComplexFormer", "phases"]
 
 
 def phases(x: Num[Array, "B T N H"], layout: Layout = "half") -> Float[Array, "B T N m"]:
@@ -27,7 +27,7 @@ def phases(x: Num[Array, "B T N H"], layout: Layout = "half") -> Float[Array, "B
     return jnp.where(is_zero, 0.0, jnp.arctan2(b, jnp.where(is_zero, 1.0, a)))
 
 
-class CMHA(Rotary):
+class ComplexFormer(Rotary):
     """Adds an adapted phase difference of query and key to RoPE's, in each head.
 
         logit_ij = H^-0.5 sum over m of |q_im| |k_jm| cos(adapt_n(s) + (i - j) base^(-2m / H))
@@ -60,7 +60,7 @@ class CMHA(Rotary):
     >>> import jax
     >>> from posjax.encodings.base import Side
     >>> query, key = (Side(jnp.ones((1, 1, n, 4)), jnp.array([[3]])) for n in (2, 1))
-    >>> variables = CMHA().init(jax.random.key(0), query, key, method="rotate")
+    >>> variables = ComplexFormer().init(jax.random.key(0), query, key, method="rotate")
     >>> jax.tree.map(jnp.shape, variables)
     {'params': {'scale': (1,), 'shift': (2,)}}
     """
@@ -70,15 +70,15 @@ class CMHA(Rotary):
 
     def __post_init__(self):
         if not self.base > 1:
-            raise ValueError(f"CMHA base is {self.base}; it must be greater than 1.")
-        check_layout("CMHA", self.layout)
+            raise ValueError(f"ComplexFormer base is {self.base}; it must be greater than 1.")
+        check_layout("ComplexFormer", self.layout)
         super().__post_init__()
 
     @nn.compact
     def turns(self, query, key):
         """RoPE's angles plus those by which the adapted phases differ from the phases."""
         heads, kv_heads = query.x.shape[2], key.x.shape[2]
-        check_pairs("CMHA", query.x.shape[-1])
+        check_pairs("ComplexFormer", query.x.shape[-1])
         scale = self.param("scale", nn.initializers.ones, (kv_heads,), jnp.float32)
         shift = self.param("shift", nn.initializers.zeros, (heads,), jnp.float32)
         query_scale = jnp.repeat(scale, heads // kv_heads)

@@ -9,7 +9,7 @@ from posjax.encodings.base import PositionEncoding
 from posjax.grids import grid_positions
 from posjax.types import Array, Float, Num
 
-__all__ = ["LearnableFourier", "fourier_features"]
+__all__ = ["Fourier", "fourier_features"]
 
 
 def fourier_features(
@@ -34,7 +34,7 @@ def fourier_features(
     return waves * waves.shape[-1] ** -0.5
 
 
-class LearnableFourier(PositionEncoding):
+class Fourier(PositionEncoding):
     """Adds a network of Fourier features of the position to the token embeddings, once.
 
         r = F^-0.5 [cos(W_r x), sin(W_r x)]     x = coordinates of the place / length  (`grid`)
@@ -69,7 +69,7 @@ class LearnableFourier(PositionEncoding):
 
     >>> import jax
     >>> x, p = jnp.zeros((1, 3, 8)), jnp.array([[0, 1, 2]])
-    >>> variables = LearnableFourier().init(jax.random.key(0), x, p, method="embed")
+    >>> variables = Fourier().init(jax.random.key(0), x, p, method="embed")
     >>> jax.tree.map(jnp.shape, variables["params"]["frequencies"])
     (32, 1)
     """
@@ -83,9 +83,7 @@ class LearnableFourier(PositionEncoding):
 
     def __post_init__(self):
         def refuse(name: str, wanted: str) -> None:
-            raise ValueError(
-                f"LearnableFourier {name} is {getattr(self, name)}; it must be {wanted}."
-            )
+            raise ValueError(f"Fourier {name} is {getattr(self, name)}; it must be {wanted}.")
 
         if self.features < 2 or self.features % 2:
             refuse("features", "even and at least 2")
@@ -111,7 +109,7 @@ class LearnableFourier(PositionEncoding):
         """The embeddings plus the network's output, summed in float32."""
         width, start = embeddings.shape[-1], nn.initializers.normal(1 / self.gamma)
         if width % self.groups:
-            got = f"LearnableFourier groups is {self.groups} and the width {width}"
+            got = f"Fourier groups is {self.groups} and the width {width}"
             raise ValueError(f"{got}; groups must divide it.")
         x = grid_positions(indices, (1,) if self.grid is None else self.grid)
         x = x.reshape(*indices.shape, self.groups, -1).astype(jnp.float32) / self.length

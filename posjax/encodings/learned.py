@@ -11,7 +11,7 @@ from posjax.encodings.base import PositionEncoding
 from posjax.positions import LengthError, check_length
 from posjax.types import Array, Float, Num
 
-__all__ = ["LearnedAbsolute", "lookup", "shrink"]
+__all__ = ["Learned", "lookup", "shrink"]
 
 
 def lookup(table: Float[Array, "P D"], positions: Num[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -68,7 +68,7 @@ def shrink(positions: Num[Array, "B T"], length: int, rows: int) -> Float[Array,
     return jnp.where(inside, jnp.minimum(place, rows - 1), jnp.nan)
 
 
-class LearnedAbsolute(PositionEncoding):
+class Learned(PositionEncoding):
     """Adds row p of a trained table to the embedding of the token at position p.
 
         embedding_p + table[p]
@@ -97,7 +97,7 @@ class LearnedAbsolute(PositionEncoding):
         (interpolation).
 
     >>> x, p = jnp.zeros((1, 3, 8)), jnp.array([[0, 1, 2]])
-    >>> variables = LearnedAbsolute(max_length=4).init(jax.random.key(0), x, p, method="embed")
+    >>> variables = Learned(max_length=4).init(jax.random.key(0), x, p, method="embed")
     >>> variables["params"]["table"].shape
     (4, 8)
     """
@@ -109,19 +109,13 @@ class LearnedAbsolute(PositionEncoding):
 
     def __post_init__(self):
         if self.max_length < 1:
-            raise ValueError(
-                f"LearnedAbsolute max_length is {self.max_length}; it must be at least 1."
-            )
+            raise ValueError(f"Learned max_length is {self.max_length}; it must be at least 1.")
         if not self.initial_deviation >= 0:
             deviation = self.initial_deviation
-            raise ValueError(
-                f"LearnedAbsolute initial_deviation is {deviation}; it must be 0 or more."
-            )
+            raise ValueError(f"Learned initial_deviation is {deviation}; it must be 0 or more.")
         if self.interpolate_to is not None and self.interpolate_to <= self.max_length:
             wanted = f"exceed max_length, {self.max_length}"
-            raise ValueError(
-                f"LearnedAbsolute interpolate_to is {self.interpolate_to}; it must {wanted}."
-            )
+            raise ValueError(f"Learned interpolate_to is {self.interpolate_to}; it must {wanted}.")
         super().__post_init__()
 
     @classmethod
@@ -143,10 +137,10 @@ class LearnedAbsolute(PositionEncoding):
 
     def _check_length(self, length: int) -> None:
         if self.interpolate_to is None:
-            check_length(length, self.max_length, "LearnedAbsolute")
+            check_length(length, self.max_length, "Learned")
         elif length > self.interpolate_to:
             raise LengthError(
-                f"LearnedAbsolute has interpolate_to={self.interpolate_to}, but the sequence has "
+                f"Learned has interpolate_to={self.interpolate_to}, but the sequence has "
                 f"{length} tokens; build it with interpolate_to >= {length}."
             )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from posjax.encodings.alibi import ALiBi
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.learned import LearnedAbsolute
+from posjax.encodings.learned import Learned
 from posjax.encodings.rope import RoPE
 from posjax.encodings.wrapper import Wrapper
 from posjax.positions import (
@@ -110,7 +110,7 @@ class Randomized(Wrapper):
     @classmethod
     def learned(cls) -> Self:
         """A trained table of 2048 rows, with one draw for the network."""
-        return cls(encoding=LearnedAbsolute(max_length=2048))
+        return cls(encoding=Learned(max_length=2048))
 
     @property
     def beyond(self) -> str:

@@ -1,7 +1,7 @@
-"""Finds encodings by name, so that adding a file to this folder is all it takes to add an encoding.
+"""Finds encodings by name: a new file in this folder is a new encoding.
 
 The name of an encoding is the name of its file ("rope"). A classmethod that builds a published or
-otherwise special setting is a variant with its own name ("cope.paper" is `CoPE.paper()`); names
+otherwise special setting is a preset with its own name ("cope.paper" is `CoPE.paper()`); names
 joined by "+" are combined.
 """
 

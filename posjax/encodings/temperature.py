@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from posjax.biases.scaled import ScaledBias
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.t5 import T5Bias
+from posjax.encodings.t5 import T5
 from posjax.encodings.wrapper import Wrapper
 
 __all__ = ["Temperature"]
@@ -42,7 +42,7 @@ class Temperature(Wrapper):
     1.25
     """
 
-    encoding: PositionEncoding = T5Bias()
+    encoding: PositionEncoding = T5()
     temperature: float = 0.8
 
     def __post_init__(self):

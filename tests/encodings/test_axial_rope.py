@@ -7,6 +7,7 @@ import pytest
 
 from posjax.encodings import AxialRoPE, RoPE
 from posjax.encodings.axial_rope import axial_rotate
+from posjax.encodings.base import Side
 from posjax.encodings.rope import rotate
 
 REASON = "compares with Hugging Face's code"
@@ -69,7 +70,9 @@ def test_the_module_turns_by_rows_and_columns():
     assert indices[0].tolist() == [[p // 5, p % 5] for p in places[0].tolist()]
     assert carry is None
     x = X[..., :8]
-    query, key = encoding.apply({}, x, x[:, :2, :1], indices, indices[:, 1:3], method="rotate")
+    query, key = encoding.apply(
+        {}, Side(x, indices), Side(x[:, :2, :1], indices[:, 1:3]), method="rotate"
+    )
     settings = {"base": 50.0, "layout": "interleaved"}
     np.testing.assert_array_equal(query, axial_rotate(x, indices, **settings))
     want = axial_rotate(x[:, :2, :1], indices[:, 1:3], **settings)
@@ -91,11 +94,13 @@ def test_in_the_first_row_half_of_the_channels_stay():
     encoding = AxialRoPE(width=100)
     places = jnp.arange(6)[None, :]
     indices, _ = encoding.apply({}, jnp.zeros((1, 6), int), places, method="positions")
-    query, _ = encoding.apply({}, X, X, indices, indices, method="rotate")
+    query, _ = encoding.apply({}, Side(X, indices), Side(X, indices), method="rotate")
     by_row = [0, 1, 2, 6, 7, 8]
     np.testing.assert_array_equal(query[..., np.array(by_row)], X[..., np.array(by_row)])
     assert AxialRoPE.vit() == AxialRoPE(14, 100.0, "interleaved")
-    assert not np.allclose(query, RoPE().apply({}, X, X, places, places, method="rotate")[0])
+    assert not np.allclose(
+        query, RoPE().apply({}, Side(X, places), Side(X, places), method="rotate")[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posjax.encodings import Abacus, BiPE, Combine, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.rope import rotate
 
 DATA = np.load(pathlib.Path(__file__).parent.parent / "data" / "bipe.npz")
@@ -40,7 +41,7 @@ def test_the_table_is_looked_up_by_place_and_the_last_row_serves_all_further_one
 
 def test_all_tokens_of_a_segment_are_turned_alike():
     indices = indices_of(LLAMA)
-    query, key = LLAMA.apply({}, X, X, indices, indices, method="rotate")
+    query, key = LLAMA.apply({}, Side(X, indices), Side(X, indices), method="rotate")
     np.testing.assert_array_equal(query, rotate(X, jnp.asarray(DATA["segment"])))
     np.testing.assert_array_equal(key, query)
 
@@ -49,7 +50,7 @@ def test_alibi_between_segments_equals_the_official_code():
     """Theirs adds slope * segment of the key, which differs by a constant in each row."""
     encoding = BiPE.alibi().clone(separators=(869, 13))
     indices = indices_of(encoding)
-    bias = encoding.apply({}, X, X, X, indices, indices, method="bias")
+    bias = encoding.apply({}, Side(X, indices), Side(X, indices), method="bias")
     got = bias.dense(X, X, scale=1, allowed=None, query_positions=None, key_positions=None)
     slopes = DATA["alibi"][0, :, 0, 1]  # what key segment 1 gets
     segment = DATA["segment"].astype(np.float32)

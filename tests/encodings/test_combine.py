@@ -5,17 +5,17 @@ import pytest
 
 from posjax import BiasSum, RelativeBias
 from posjax.encodings import (
+    T5,
     TAPE,
     Abacus,
     ALiBi,
     Combine,
     CoPE,
-    LearnedAbsolute,
+    Learned,
     RoPE,
     Sinusoidal,
-    T5Bias,
 )
-from posjax.encodings.base import PositionEncoding, Sizes
+from posjax.encodings.base import PositionEncoding, Side, Sizes
 from posjax.encodings.rope import rotate
 
 TOKENS = jnp.array([list(b"12+3")])
@@ -34,10 +34,10 @@ class Gain(PositionEncoding):
     def embed(self, embeddings, indices):
         return self.factor * embeddings
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        return self.factor * query, key + 1
+    def rotate(self, query, key):
+        return self.factor * query.x, key.x + 1
 
-    def remember(self, inputs, sizes, state=None):
+    def cache(self, inputs, sizes, state=None):
         return self.factor
 
 
@@ -62,7 +62,7 @@ def test_parts_embed_and_rotate_in_order():
         out = Combine(parts).apply({}, x, (PLACES, PLACES), method="embed")
         np.testing.assert_allclose(out, want, rtol=1e-6)
     query, key = Combine((RoPE(), Gain())).apply(
-        {}, X, X, (PLACES,) * 2, (PLACES,) * 2, method="rotate"
+        {}, Side(X, (PLACES,) * 2), Side(X, (PLACES,) * 2), method="rotate"
     )
     np.testing.assert_allclose(query, 2 * rotate(X, PLACES), rtol=1e-6)
     np.testing.assert_allclose(key, rotate(X, PLACES) + 1, rtol=1e-6)
@@ -74,19 +74,22 @@ def test_parts_act_on_their_own_indices():
     waves = [Sinusoidal().apply({}, x, i, method="embed") for i in indices]
     both = Combine((Sinusoidal(), Sinusoidal())).apply({}, x, indices, method="embed")
     np.testing.assert_allclose(both, waves[0] + waves[1], rtol=1e-6)
-    turn = Combine((RoPE(), RoPE())).apply({}, X, X, indices, indices[::-1], method="rotate")
+    turn = Combine((RoPE(), RoPE())).apply(
+        {}, Side(X, indices), Side(X, indices[::-1]), method="rotate"
+    )
     np.testing.assert_allclose(turn[0], rotate(X, sum(indices)), atol=1e-4)
     np.testing.assert_allclose(turn[1], rotate(X, sum(indices)), atol=1e-4)
-    bias = Combine((ALiBi(), ALiBi())).apply({}, X, X, X, indices, indices[::-1], method="bias")
+    bias = Combine((ALiBi(), ALiBi())).apply(
+        {}, Side(X, indices), Side(X, indices[::-1]), method="bias"
+    )
     for part, queries, keys in zip(bias.parts, indices, indices[::-1], strict=True):
         np.testing.assert_array_equal(part.query_positions, queries)
         np.testing.assert_array_equal(part.key_positions, keys)
 
 
 def bias_of(*parts, shared=None, memory=None):
-    places = (PLACES,) * len(parts)
-    rest = memory, shared
-    return Combine(parts).apply({}, X, X, X, places, places, *rest, method="bias")
+    side = Side(X, (PLACES,) * len(parts), memory, X)
+    return Combine(parts).apply({}, side, side, shared, method="bias")
 
 
 def test_biases_are_summed():
@@ -102,17 +105,17 @@ def test_biases_are_summed():
 
 def test_memory_and_shared_reach_their_part():
     table = jnp.ones((32, 2))
-    assert bias_of(RoPE(), T5Bias(), shared=(None, table)).params is table
+    assert bias_of(RoPE(), T5(), shared=(None, table)).params is table
     combined = Combine((Gain(), RoPE(), Gain(3.0)))
-    assert combined.apply({}, X, SIZES, method="remember") == (2.0, None, 3.0)
-    combined = Combine((T5Bias(), T5Bias(num_buckets=8)))
+    assert combined.apply({}, X, SIZES, method="cache") == (2.0, None, 3.0)
+    combined = Combine((T5(), T5(num_buckets=8)))
     shared, variables = combined.init_with_output(jax.random.key(0), SIZES, method="shared")
     assert [table.shape for table in shared] == [(32, 2), (8, 2)]
     assert sorted(variables["params"]) == ["encodings_0", "encodings_1"]
 
 
 def test_parts_of_one_kind_have_their_own_parameters():
-    part = LearnedAbsolute(max_length=4)
+    part = Learned(max_length=4)
     x, places = jnp.zeros((1, 4, 2)), (PLACES, PLACES)
     params = Combine((part, part)).init(jax.random.key(0), x, places, method="embed")["params"]
     assert sorted(params) == ["encodings_0", "encodings_1"]
@@ -123,7 +126,7 @@ def test_combinations_nest():
     nested = Combine((Abacus(), Combine((RoPE(), ALiBi()))))
     indices, _ = nested.apply({}, TOKENS, PLACES, method="positions")
     assert jax.tree.map(jnp.shape, indices) == ((1, 4), ((1, 4), (1, 4)))
-    bias = nested.apply({}, X, X, X, indices, indices, method="bias")
+    bias = nested.apply({}, Side(X, indices), Side(X, indices), method="bias")
     assert isinstance(bias, RelativeBias)
 
 
@@ -146,11 +149,11 @@ def test_bad_settings(parts, words):
 
 
 def test_at_most_one_part_carries_a_state():
-    state = TAPE().apply({}, PLACES, SIZES, method="begin")
-    carried = Combine((RoPE(), TAPE())).apply({}, (None, state), method="carried")
-    assert carried.shape == (1, 4, 2, 8)
+    state = TAPE().apply({}, PLACES, SIZES, method="init_state")
+    values = Combine((RoPE(), TAPE())).apply({}, (None, state), method="extra_values")
+    assert values.shape == (1, 4, 2, 8)
     with pytest.raises(NotImplementedError, match="one part"):
-        Combine((TAPE(), TAPE())).apply({}, (state, state), method="carried")
+        Combine((TAPE(), TAPE())).apply({}, (state, state), method="extra_values")
 
 
 def test_layers_have_the_parts_own_forms():
@@ -164,8 +167,8 @@ def test_layers_have_the_parts_own_forms():
     ("parts", "word"),
     [
         ((RoPE(), CoPE()), "extrapolates"),
-        ((CoPE(), T5Bias()), "clips"),
-        ((RoPE(), LearnedAbsolute()), "raises"),
+        ((CoPE(), T5()), "clips"),
+        ((RoPE(), Learned()), "raises"),
     ],
 )
 def test_far_positions_are_as_the_strictest_part_has_them(parts, word):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.encodings import CMHA, RoPE
+from posjax.encodings import ComplexFormer, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.complexformer import phases
 
 QUERY, KEY = jax.random.normal(jax.random.key(0), (2, 2, 3, 4, 6))
@@ -16,8 +17,8 @@ LAYOUTS = pytest.mark.parametrize("layout", ["half", "interleaved"])
 
 @functools.partial(jax.jit, static_argnames="layout")
 def logits(variables, query, key, places=PLACES, layout="half"):
-    encoding = CMHA(layout=layout)
-    query, key = encoding.apply(variables, query, key, places, places, method="rotate")
+    encoding = ComplexFormer(layout=layout)
+    query, key = encoding.apply(variables, Side(query, places), Side(key, places), method="rotate")
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
     return jnp.einsum("btnh,bsnh->bnts", query, key)
 
@@ -60,13 +61,15 @@ def test_equals_the_formula(layout, kv_heads):
 
 @LAYOUTS
 def test_starts_as_rope(layout):
-    encoding = CMHA(layout=layout)
+    encoding = ComplexFormer(layout=layout)
     turned, variables = encoding.init_with_output(
-        jax.random.key(0), QUERY, KEY[:, :, :2], PLACES, PLACES, method="rotate"
+        jax.random.key(0), Side(QUERY, PLACES), Side(KEY[:, :, :2], PLACES), method="rotate"
     )
     assert variables["params"]["scale"].tolist() == [1, 1]
     assert variables["params"]["shift"].tolist() == [0, 0, 0, 0]
-    rope = RoPE(layout=layout).apply({}, QUERY, KEY[:, :, :2], PLACES, PLACES, method="rotate")
+    rope = RoPE(layout=layout).apply(
+        {}, Side(QUERY, PLACES), Side(KEY[:, :, :2], PLACES), method="rotate"
+    )
     for ours, theirs in zip(turned, rope, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -99,7 +102,9 @@ def test_gradients_equal_finite_differences_of_the_formula():
 
 def test_magnitudes_stay_and_phases_are_of_each_pair():
     variables = variables_of([0.3] * 4, [1.0] * 4)
-    query, _ = CMHA().apply(variables, QUERY, KEY, PLACES, PLACES, method="rotate")
+    query, _ = ComplexFormer().apply(
+        variables, Side(QUERY, PLACES), Side(KEY, PLACES), method="rotate"
+    )
     radius = lambda x: jnp.hypot(x[..., :3], x[..., 3:])  # noqa: E731
     np.testing.assert_allclose(radius(query), radius(QUERY), rtol=1e-4)
     query = np.asarray(QUERY)
@@ -131,10 +136,12 @@ def test_pairs_of_zeros_have_finite_gradients():
     ],
 )
 def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"CMHA {words}"):
-        CMHA(**settings)
+    with pytest.raises(ValueError, match=f"ComplexFormer {words}"):
+        ComplexFormer(**settings)
 
 
 def test_channels_must_come_in_pairs():
-    with pytest.raises(ValueError, match="CMHA turns pairs of channels; head size 5 must be even"):
+    with pytest.raises(
+        ValueError, match="ComplexFormer turns pairs of channels; head size 5 must be even"
+    ):
         logits(variables_of([1.0] * 4, [0.0] * 4), QUERY[..., :5], KEY[..., :5])

@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 
 from posjax.encodings import ComRoPE, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.comrope import rotate_blocks
 
 X = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
@@ -18,13 +19,15 @@ BLOCKS = pytest.mark.parametrize("block", [2, 4])
 @functools.partial(jax.jit, static_argnums=0)
 def turned(encoding, variables, query, key, places=PLACES):
     indices, _ = encoding.apply(variables, places, places, method="positions")
-    return encoding.apply(variables, query, key, indices, indices, method="rotate")
+    return encoding.apply(variables, Side(query, indices), Side(key, indices), method="rotate")
 
 
 def random_variables(encoding, heads=2, seed=1):
     key = jnp.zeros((1, 3, heads, 8))
     indices, _ = encoding.apply({}, PLACES, PLACES, method="positions")
-    return encoding.init(jax.random.key(seed), X, key, indices, indices, method="rotate")
+    return encoding.init(
+        jax.random.key(seed), Side(X, indices), Side(key, indices), method="rotate"
+    )
 
 
 def official(x, positions, angles, multiplier, kind):
@@ -106,7 +109,7 @@ def test_text_starts_as_rope(block):
     encoding = ComRoPE(block_size=block, start="spectrum")
     for ours, rope in zip(
         turned(encoding, random_variables(encoding), X, X),
-        RoPE.interleaved().apply({}, X, X, PLACES, PLACES, method="rotate"),
+        RoPE.interleaved().apply({}, Side(X, PLACES), Side(X, PLACES), method="rotate"),
         strict=True,
     ):
         np.testing.assert_allclose(ours, rope, atol=1e-5)
@@ -206,7 +209,9 @@ def test_a_group_shares_the_angles_of_its_key_head():
 def test_parameters_and_how_they_start():
     encoding = ComRoPE.linear().clone(grid=(4, 4), initial_deviation=3.0)
     x, indices = jnp.zeros((1, 1, 16, 512)), jnp.zeros((1, 1, 2), jnp.int32)
-    params = encoding.init(jax.random.key(0), x, x, indices, indices, method="rotate")["params"]
+    params = encoding.init(jax.random.key(0), Side(x, indices), Side(x, indices), method="rotate")[
+        "params"
+    ]
     shapes = {name: value.shape for name, value in params.items()}
     assert shapes == {"angles": (16, 256, 2, 2), "multiplier": (2, 256)}
     np.testing.assert_allclose(jnp.std(params["angles"]), 3.0, rtol=0.03)

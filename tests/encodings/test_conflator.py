@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posjax.encodings import CONFLATOR, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.conflator import switching_positions
 from posjax.positions import segment_positions, sequence_positions
 
@@ -104,8 +105,12 @@ def test_bytes_of_two_scripts():
 def test_turns_as_rope_by_its_indices():
     x, indices = jax.random.normal(jax.random.key(0), (1, 4, 2, 8)), jnp.array([[0, 1, 0, -5]])
     settings = {"base": 500.0, "layout": "interleaved"}
-    ours = CONFLATOR(**settings).apply({}, x, x[:, :2], indices, indices[:, :2], method="rotate")
-    rope = RoPE(**settings).apply({}, x, x[:, :2], indices, indices[:, :2], method="rotate")
+    ours = CONFLATOR(**settings).apply(
+        {}, Side(x, indices), Side(x[:, :2], indices[:, :2]), method="rotate"
+    )
+    rope = RoPE(**settings).apply(
+        {}, Side(x, indices), Side(x[:, :2], indices[:, :2]), method="rotate"
+    )
     for a, b in zip(ours, rope, strict=True):
         np.testing.assert_array_equal(a, b)
     assert CONFLATOR.flip() == CONFLATOR(rule="flip")

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.encodings import LearnableFourier
+from posjax.encodings import Fourier
 from posjax.encodings.fourier import fourier_features
 
 RANDOM = np.random.default_rng(0)
 PLACES = jnp.array([[0, 3, 17, 700], [5, 4, 1, 0]])
 ENCODINGS = [
-    LearnableFourier(features=6, hidden=5),
-    LearnableFourier(features=6, hidden=5, grid=(4, 6), length=6.0),
-    LearnableFourier(features=6, hidden=5, grid=(4, 6), length=6.0, groups=2),
+    Fourier(features=6, hidden=5),
+    Fourier(features=6, hidden=5, grid=(4, 6), length=6.0),
+    Fourier(features=6, hidden=5, grid=(4, 6), length=6.0, groups=2),
 ]
 every = pytest.mark.parametrize("encoding", ENCODINGS, ids=["line", "plane", "axes"])
 X = jnp.asarray(RANDOM.normal(size=(2, 4, 8)), jnp.float32)
@@ -71,7 +71,7 @@ def test_gradients_equal_finite_differences_of_the_formula(encoding):
 def test_features_are_a_gaussian_kernel_at_the_start():
     """So gamma^-2 is the variance, not the deviation: that would be a kernel of another width."""
     gamma = 0.25
-    encoding = LearnableFourier(features=20_000, gamma=gamma, grid=(9, 9), length=1.0)
+    encoding = Fourier(features=20_000, gamma=gamma, grid=(9, 9), length=1.0)
     variables = encoding.init(jax.random.key(0), X, PLACES, method="embed")
     frequencies = variables["params"]["frequencies"]
     np.testing.assert_allclose(jnp.std(frequencies), 1 / gamma, rtol=0.02)
@@ -83,7 +83,7 @@ def test_features_are_a_gaussian_kernel_at_the_start():
 
 
 def test_initial_values_and_shapes():
-    encoding = LearnableFourier(grid=(4, 6), groups=2)
+    encoding = Fourier(grid=(4, 6), groups=2)
     params = encoding.init(jax.random.key(0), X, PLACES, method="embed")["params"]
     assert jax.tree.map(jnp.shape, params) == {
         "frequencies": (32, 1),
@@ -95,7 +95,7 @@ def test_initial_values_and_shapes():
 
 
 def test_every_place_is_defined_and_neighbours_are_alike():
-    encoding = LearnableFourier.image()
+    encoding = Fourier.image()
     places = jnp.array([[0, 32, 1, 31 * 32 + 31, 10**6]])
     x = jnp.zeros((1, 5, 8))
     variables = encoding.init(jax.random.key(0), x, places, method="embed")
@@ -107,7 +107,7 @@ def test_every_place_is_defined_and_neighbours_are_alike():
 
 
 def test_dividing_places_and_length_changes_nothing():
-    whole, half = LearnableFourier(length=100.0), LearnableFourier(length=50.0)
+    whole, half = Fourier(length=100.0), Fourier(length=50.0)
     variables = whole.init(jax.random.key(0), X, PLACES, method="embed")
     out = whole.apply(variables, X, PLACES, method="embed")
     same = half.apply(variables, X, PLACES / 2, method="embed")
@@ -134,5 +134,5 @@ def test_groups_must_divide_the_width():
     ],
 )
 def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"LearnableFourier .*{words}"):
-        LearnableFourier(**settings)
+    with pytest.raises(ValueError, match=f"Fourier .*{words}"):
+        Fourier(**settings)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from posjax.encodings import Combine, HeadScale, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.kerple import keep_within
 from posjax.encodings.rope import rotate
 
@@ -12,7 +13,7 @@ PLACES = jnp.broadcast_to(jnp.arange(5), (2, 5))
 
 
 def turned(encoding, variables, query=X):
-    return encoding.apply(variables, query, X, PLACES, PLACES, method="rotate")
+    return encoding.apply(variables, Side(query, PLACES), Side(X, PLACES), method="rotate")
 
 
 def test_the_query_of_each_head_is_multiplied():
@@ -30,7 +31,7 @@ def test_the_query_of_each_head_is_multiplied():
     [(HeadScale(), 1.0), (HeadScale.paper(), 1.6), (HeadScale.uniform(), None)],
 )
 def test_the_start(encoding, start):
-    variables = encoding.init(jax.random.key(0), X, X, PLACES, PLACES, method="rotate")
+    variables = encoding.init(jax.random.key(0), Side(X, PLACES), Side(X, PLACES), method="rotate")
     if start is None:
         assert variables == {}
         np.testing.assert_allclose(turned(encoding, {})[0], X * 1.2, rtol=1e-6)
@@ -75,7 +76,7 @@ def test_joins_other_encodings():
     encoding = Combine((HeadScale(), RoPE()))
     places = (PLACES, PLACES)
     variables = {"params": {"encodings_0": {"scale": jnp.full((3,), 2.0)}}}
-    query, key = encoding.apply(variables, X, X, places, places, method="rotate")
+    query, key = encoding.apply(variables, Side(X, places), Side(X, places), method="rotate")
     np.testing.assert_allclose(query, 2 * rotate(X, PLACES), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(key, rotate(X, PLACES))
 

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 
 from posjax.encodings import (
+    T5,
     Abacus,
     ALiBi,
     BiPE,
     Combine,
     Interpolated,
-    LearnedAbsolute,
+    Learned,
     Randomized,
     RoPE,
     Sinusoidal,
-    T5Bias,
 )
+from posjax.encodings.base import Side
 from posjax.encodings.t5 import t5_buckets
 from posjax.frequencies import Linear
 from posjax.positions import LengthError
@@ -31,8 +32,10 @@ def indices_of(encoding):
 def test_rope_inside_is_rope_with_slower_frequencies():
     encoding = Interpolated(trained_length=100, target_length=400)
     indices = indices_of(encoding)
-    got = encoding.apply({}, X, X, indices, indices, method="rotate")
-    want = RoPE(scaling=Linear(factor=4.0)).apply({}, X, X, PLACES, PLACES, method="rotate")
+    got = encoding.apply({}, Side(X, indices), Side(X, indices), method="rotate")
+    want = RoPE(scaling=Linear(factor=4.0)).apply(
+        {}, Side(X, PLACES), Side(X, PLACES), method="rotate"
+    )
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -49,8 +52,8 @@ def test_alibi_inside_has_smaller_slopes():
     encoding = Interpolated(ALiBi(), trained_length=1, target_length=2)
     indices = indices_of(encoding)
     none = {"query_positions": None, "key_positions": None, "scale": 1.0, "allowed": None}
-    got = encoding.apply({}, X, X, X, indices, indices, method="bias").dense(X, X, **none)
-    want = ALiBi().apply({}, X, X, X, PLACES, PLACES, method="bias").dense(X, X, **none)
+    got = encoding.apply({}, Side(X, indices), Side(X, indices), method="bias").dense(X, X, **none)
+    want = ALiBi().apply({}, Side(X, PLACES), Side(X, PLACES), method="bias").dense(X, X, **none)
     np.testing.assert_allclose(got, want / 2, rtol=1e-6)
 
 
@@ -68,7 +71,7 @@ def test_sinusoids_inside_are_those_of_fractions():
 
 
 def test_a_trained_table_is_interpolated():
-    encoding = Interpolated(LearnedAbsolute(max_length=4), trained_length=4, target_length=8)
+    encoding = Interpolated(Learned(max_length=4), trained_length=4, target_length=8)
     table = jnp.array([[0.0], [4.0], [8.0], [0.0]])
     x, places = jnp.zeros((1, 8, 1)), jnp.arange(8)[None]
     indices, _ = encoding.apply({}, jnp.zeros_like(places), places, method="positions")
@@ -78,11 +81,14 @@ def test_a_trained_table_is_interpolated():
 
 
 def test_t5_inside_rounds_distances():
-    encoding = Interpolated(T5Bias(share_layers=False), trained_length=1, target_length=4)
+    encoding = Interpolated(T5(share_layers=False), trained_length=1, target_length=4)
     indices, places = indices_of(encoding), jnp.round(PLACES / 4).astype(jnp.int32)
     table = jax.random.normal(jax.random.key(0), (32, 2))
     bias = encoding.apply(
-        {"params": {"encoding": {"table": table}}}, X, X, X, indices, indices, method="bias"
+        {"params": {"encoding": {"table": table}}},
+        Side(X, indices),
+        Side(X, indices),
+        method="bias",
     )
     none = {"query_positions": None, "key_positions": None, "scale": 1.0, "allowed": None}
     dense = bias.dense(X, X, **none)[0, :, -1]  # the last query is at a whole position
@@ -103,7 +109,7 @@ def test_encodings_with_indices_of_their_own_are_refused(inner, promotion):
 
 
 def test_the_table_ends_where_the_squeezed_positions_end():
-    learned = Interpolated(LearnedAbsolute(max_length=4), trained_length=4, target_length=8)
+    learned = Interpolated(Learned(max_length=4), trained_length=4, target_length=8)
     variables = {"params": {"encoding": {"table": jnp.ones((4, 1))}}}
     assert learned.beyond == "raises"
     with pytest.raises(LengthError):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.encodings import LearnedAbsolute
+from posjax.encodings import Learned
 from posjax.encodings.learned import lookup, shrink
 from posjax.positions import LengthError
 
@@ -13,7 +13,7 @@ VARIABLES = {"params": {"table": TABLE}}
 
 def embed(positions, dtype=jnp.float32):
     x = jnp.full((*positions.shape, 2), 10.0, dtype)
-    return LearnedAbsolute(max_length=3).apply(VARIABLES, x, positions, method="embed")
+    return Learned(max_length=3).apply(VARIABLES, x, positions, method="embed")
 
 
 def test_adds_the_rows_of_the_positions():
@@ -23,7 +23,7 @@ def test_adds_the_rows_of_the_positions():
 
 
 def test_starts_with_the_deviation_asked_for():
-    encoding = LearnedAbsolute(max_length=500, initial_deviation=0.1)
+    encoding = Learned(max_length=500, initial_deviation=0.1)
     x, positions = jnp.zeros((1, 1, 64)), jnp.zeros((1, 1), jnp.int32)
     params = encoding.init(jax.random.key(0), x, positions, method="embed")["params"]
     assert {name: (x.shape, x.dtype) for name, x in params.items()} == {
@@ -40,7 +40,7 @@ def test_only_used_rows_get_gradients():
 
 
 def test_a_longer_sequence_is_refused_when_traced():
-    with pytest.raises(LengthError, match=r"LearnedAbsolute has max_length=3.* has 4 tokens"):
+    with pytest.raises(LengthError, match=r"Learned has max_length=3.* has 4 tokens"):
         jax.jit(embed)(jnp.zeros((1, 4), jnp.int32))
     assert issubclass(LengthError, ValueError)
 
@@ -62,7 +62,7 @@ def test_a_position_outside_the_table_is_nan_where_it_is_not_known(position):
 def test_a_stretched_table_equals_torch(rows, length):
     torch = pytest.importorskip("torch", reason="compares with PyTorch's F.interpolate")
     table = jax.random.normal(jax.random.key(0), (rows, 4))
-    encoding = LearnedAbsolute(max_length=rows, interpolate_to=length)
+    encoding = Learned(max_length=rows, interpolate_to=length)
     x, places = jnp.zeros((1, length, 4)), jnp.arange(length)[None]
     out = encoding.apply({"params": {"table": table}}, x, places, method="embed")
     channels = torch.tensor(np.asarray(table)).T[None]
@@ -92,12 +92,12 @@ def test_gradients_of_a_fraction_go_to_both_rows():
 
 
 def test_stretching_ends_at_its_length():
-    assert LearnedAbsolute.interpolated() == LearnedAbsolute(max_length=1024, interpolate_to=4096)
+    assert Learned.interpolated() == Learned(max_length=1024, interpolate_to=4096)
     ends = shrink(jnp.array([[0, 4095]]), 4096, 1024)
     assert ends.tolist() == [[0, 1023]]
     outside = jax.jit(shrink, static_argnums=(1, 2))(jnp.array([[-1, 4096]]), 4096, 1024)
     assert np.isnan(outside).all()
-    stretched = LearnedAbsolute(max_length=3, interpolate_to=5)
+    stretched = Learned(max_length=3, interpolate_to=5)
 
     def embed(places):
         x = jnp.zeros((*places.shape, 2))
@@ -131,4 +131,4 @@ def test_a_fraction_outside_is_refused_or_nan(position):
 )
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
-        LearnedAbsolute(**settings)
+        Learned(**settings)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posjax.encodings import LogLength
+from posjax.encodings.base import Side
 from posjax.encodings.log_length import log_factors
 
 X = jax.random.normal(jax.random.key(0), (2, 4, 3, 8))
@@ -15,7 +16,7 @@ PLACES = jnp.array([[0, 1, 15, 16], [3, 255, 5000, 100_000]])
 @pytest.mark.parametrize("minimum", [0.0, 1.0])
 def test_queries_are_multiplied_by_the_formula(minimum):
     encoding = LogLength(trained_length=16, minimum=minimum)
-    query, key = encoding.apply({}, X, X, PLACES, PLACES, method="rotate")
+    query, key = encoding.apply({}, Side(X, PLACES), Side(X, PLACES), method="rotate")
     for b, t in np.ndindex(2, 4):
         factor = max(math.log(int(PLACES[b, t]) + 1) / math.log(16), minimum)
         np.testing.assert_allclose(query[b, t], X[b, t] * factor, rtol=1e-5)
@@ -42,11 +43,10 @@ def test_undoes_the_spread_of_a_gaussian_key():
 
 def test_computes_in_float32_and_keeps_the_dtype():
     places = jnp.array([[1000, 1001, 1002, 1003]])
-    query, _ = LogLength().apply(
-        {}, *(X.astype(jnp.bfloat16),) * 2, places, places, method="rotate"
-    )
-    exact, _ = LogLength().apply(
-        {}, *(X.astype(jnp.bfloat16).astype(jnp.float32),) * 2, places, places, method="rotate"
+    narrow = Side(X.astype(jnp.bfloat16), places)
+    wide = narrow._replace(x=narrow.x.astype(jnp.float32))
+    query, exact = (
+        LogLength().apply({}, side, side, method="rotate")[0] for side in (narrow, wide)
     )
     assert query.dtype == jnp.bfloat16
     np.testing.assert_array_equal(query, exact.astype(jnp.bfloat16))

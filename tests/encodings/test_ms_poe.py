@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from posjax.encodings import MsPoE, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.ms_poe import ms_poe_ratios, position_awareness
 from posjax.encodings.rope import rotate
 
@@ -12,7 +13,7 @@ PLACES = jnp.array([[0, 1, 2, 3, 4], [7, 100, 3, 3, 2000]])
 
 
 def turned(encoding, query=X, key=X):
-    return encoding.apply({}, query, key, PLACES, PLACES, method="rotate")
+    return encoding.apply({}, Side(query, PLACES), Side(key, PLACES), method="rotate")
 
 
 def official(x, places, head_order, low, high, base=10_000.0):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from posjax.encodings import PRoPE, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.p_rope import p_rope_frequencies
 
 REASON = "compares with Hugging Face's code"
@@ -12,7 +13,7 @@ PLACES = jnp.array([[0, 1, 50, 900], [3, 4, 5, 6]])
 
 
 def turned(encoding, places=PLACES):
-    return encoding.apply({}, X, X[:, :, :1], places, places, method="rotate")
+    return encoding.apply({}, Side(X, places), Side(X[:, :, :1], places), method="rotate")
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -97,4 +98,4 @@ def test_bad_settings(settings, words):
 def test_channels_must_come_in_pairs():
     x = jnp.ones((1, 1, 1, 5))
     with pytest.raises(ValueError, match="PRoPE turns pairs of channels; head size 5 must be"):
-        PRoPE().apply({}, x, x, jnp.array([[1]]), jnp.array([[1]]), method="rotate")
+        PRoPE().apply({}, Side(x, jnp.array([[1]])), Side(x, jnp.array([[1]])), method="rotate")

@@ -19,9 +19,9 @@ def draw(*shape):
     return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
 
 
-def enter(encoding, params, x=X, places=PLACES, rows=ROWS, kept=None):
-    kept = x if kept is None else kept
-    return encoding.apply({"params": params}, x, kept, places, rows, method="enter")
+def update(encoding, params, x=X, places=PLACES, rows=ROWS, inputs=None):
+    inputs = x if inputs is None else inputs
+    return encoding.apply({"params": params}, x, inputs, places, rows, method="update_stream")
 
 
 def in_torch(torch, kind, kernel, offset, **settings):
@@ -43,9 +43,9 @@ def test_a_sequence_equals_torch_in_values_and_gradients(taps):
     want = x + convolution(x)[..., :12]
     (want**2).sum().backward()
     encoding = PEG(kernel_size=taps)
-    out = enter(encoding, params)
+    out = update(encoding, params)
     np.testing.assert_allclose(out, want.detach().transpose(1, 2).numpy(), atol=1e-5)
-    loss = lambda params, x: jnp.sum(enter(encoding, params, x) ** 2)  # noqa: E731
+    loss = lambda params, x: jnp.sum(update(encoding, params, x) ** 2)  # noqa: E731
     of_params, of_x = jax.grad(loss, argnums=(0, 1))(params, X)
     np.testing.assert_allclose(of_x, x.grad.transpose(1, 2).numpy(), atol=1e-4)
     np.testing.assert_allclose(of_params["offset"], convolution.bias.grad.numpy(), atol=1e-4)
@@ -63,8 +63,8 @@ def test_a_grid_equals_torch_in_values_and_gradients(taps, shape):
     (want**2).sum().backward()
     encoding = PEG(kernel_size=taps, grid=shape)
     flat = lambda y: y.detach().flatten(2).transpose(1, 2).numpy()  # noqa: E731
-    np.testing.assert_allclose(enter(encoding, params), flat(want), atol=1e-5)
-    loss = lambda params, x: jnp.sum(enter(encoding, params, x) ** 2)  # noqa: E731
+    np.testing.assert_allclose(update(encoding, params), flat(want), atol=1e-5)
+    loss = lambda params, x: jnp.sum(update(encoding, params, x) ** 2)  # noqa: E731
     of_params, of_x = jax.grad(loss, argnums=(0, 1))(params, X)
     np.testing.assert_allclose(of_x, flat(x.grad), atol=1e-4)
     of_kernel = convolution.weight.grad[:, 0].permute(1, 2, 0).numpy()
@@ -88,15 +88,15 @@ def test_packed_segments_do_not_touch(grid):
     kernel = draw(3, 4) if grid is None else draw(3, 3, 4)
     params = {"kernel": kernel, "offset": draw(4)}
     places = jnp.broadcast_to(jnp.arange(12) % 6, (2, 12))
-    packed = enter(PEG(grid=grid), params, places=places)
+    packed = update(PEG(grid=grid), params, places=places)
     for part in (slice(0, 6), slice(6, 12)):
-        alone = enter(PEG(grid=grid), params, X[:, part], PLACES[:, :6], ROWS[:6])
+        alone = update(PEG(grid=grid), params, X[:, part], PLACES[:, :6], ROWS[:6])
         np.testing.assert_allclose(packed[:, part], alone, atol=1e-6)
 
 
 def test_a_sequence_is_causal_and_reaches_its_taps():
     params = {"kernel": draw(3, 4), "offset": draw(4)}
-    jacobian = jax.jacobian(lambda x: enter(PEG(), params, x)[0, :, 0])(X)[:, 0, :, 0]
+    jacobian = jax.jacobian(lambda x: update(PEG(), params, x)[0, :, 0])(X)[:, 0, :, 0]
     seen = np.abs(jacobian) > 1e-6
     back = np.arange(12)[:, None] - np.arange(12)[None]
     np.testing.assert_array_equal(seen, (back >= 0) & (back < 3))
@@ -105,11 +105,11 @@ def test_a_sequence_is_causal_and_reaches_its_taps():
 def test_decoding_sees_the_cache():
     """Slots not yet filled hold something else, and are not used."""
     params = {"kernel": draw(3, 4), "offset": draw(4)}
-    whole = enter(PEG(), params)
+    whole = update(PEG(), params)
     for start, stop in ((0, 4), (4, 5), (5, 12)):
-        kept = X.at[:, stop:].set(99.0)
+        known = X.at[:, stop:].set(99.0)
         part = slice(start, stop)
-        out = enter(PEG(), params, X[:, part], PLACES[:, part], ROWS[part], kept)
+        out = update(PEG(), params, X[:, part], PLACES[:, part], ROWS[part], known)
         np.testing.assert_allclose(out, whole[:, part], atol=1e-6)
     assert PEG().decodes
     assert not PEG(grid=(3, 4)).decodes
@@ -132,10 +132,10 @@ def test_acts_before_one_block_only():
     assert [layer.block for layer in layers] == [None, None, 2, None]
     for layer in layers[:2]:
         assert layer.layer(0, 1) == layer
-        assert layer.apply({}, X, method="keep") is None
-        np.testing.assert_array_equal(enter(layer, {}), X)
-        assert layer.init(jax.random.key(0), X, None, PLACES, ROWS, method="enter") == {}
-    np.testing.assert_array_equal(encoding.apply({}, X, method="keep"), X)
+        assert layer.apply({}, X, method="stream_inputs") is None
+        np.testing.assert_array_equal(update(layer, {}), X)
+        assert layer.init(jax.random.key(0), X, None, PLACES, ROWS, method="update_stream") == {}
+    np.testing.assert_array_equal(encoding.apply({}, X, method="stream_inputs"), X)
     with pytest.raises(
         ValueError, match="PEG block is 2; it must be below 2, the number of layers"
     ):
@@ -145,7 +145,7 @@ def test_acts_before_one_block_only():
 @pytest.mark.parametrize(("grid", "taps"), [(None, 3), ((3, 4), 9)])
 def test_initial_values(grid, taps):
     x = jnp.zeros((1, 12, 500))
-    params = PEG(grid=grid).init(jax.random.key(0), x, x, PLACES[:1], ROWS, method="enter")[
+    params = PEG(grid=grid).init(jax.random.key(0), x, x, PLACES[:1], ROWS, method="update_stream")[
         "params"
     ]
     kernel = params["kernel"]
@@ -159,9 +159,9 @@ def test_initial_values(grid, taps):
 def test_bfloat16_is_summed_in_float32():
     params = {"kernel": draw(3, 4), "offset": draw(4)}
     narrow = X.astype(jnp.bfloat16)
-    out = enter(PEG(), params, narrow)
+    out = update(PEG(), params, narrow)
     assert out.dtype == jnp.bfloat16
-    exact = enter(PEG(), params, narrow.astype(jnp.float32))
+    exact = update(PEG(), params, narrow.astype(jnp.float32))
     np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
 
 

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.encodings import PoSE, RoPE, T5Bias
+from posjax.encodings import T5, PoSE, RoPE
+from posjax.encodings.base import Side
 from posjax.encodings.rope import rotate
 from posjax.positions import LengthError, skip_positions
 
@@ -39,10 +40,10 @@ def test_the_encoding_inside_sees_the_gap():
     encoding = PoSE.linear()
     x = jax.random.normal(jax.random.key(0), (3, 7, 2, 8))
     places = train(encoding)
-    query, _ = encoding.apply({}, x, x, places, places, method="rotate")
+    query, _ = encoding.apply({}, Side(x, places), Side(x, places), method="rotate")
     want = rotate(x, places.astype(jnp.float32) / 8)
     np.testing.assert_allclose(query, want, atol=1e-3)
-    assert isinstance(PoSE(T5Bias()).encoding, T5Bias)
+    assert isinstance(PoSE(T5()).encoding, T5)
 
 
 def test_the_first_part_may_move_too():

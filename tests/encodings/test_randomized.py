@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.encodings import ALiBi, Combine, LearnedAbsolute, Randomized, RoPE
+from posjax.encodings import ALiBi, Combine, Learned, Randomized, RoPE
 from posjax.encodings.alibi import alibi_slopes
+from posjax.encodings.base import Side
 from posjax.encodings.rope import rotate
 from posjax.models import Transformer, TransformerConfig, init_cache
 from posjax.positions import LengthError
@@ -65,18 +66,18 @@ def test_all_of_the_range_is_what_a_full_length_draws(max_length):
 def test_the_encoding_inside_sees_the_drawn_positions():
     encoding = Randomized(max_length=30)
     indices = indices_of(encoding, **TRAIN)
-    query, key = encoding.apply({}, X, X, indices, indices, method="rotate")
+    query, key = encoding.apply({}, Side(X, indices), Side(X, indices), method="rotate")
     np.testing.assert_array_equal(query, rotate(X, indices.inner[0]))
     np.testing.assert_array_equal(key, rotate(X, indices.inner[0]))
     alibi = Randomized.alibi().layer(3, 5)
     indices = indices_of(alibi)
-    bias = alibi.apply({}, X, X, X, indices, indices, method="bias")
+    bias = alibi.apply({}, Side(X, indices), Side(X, indices), method="bias")
     dense = bias.dense(X, X, scale=1, allowed=None, query_positions=None, key_positions=None)
     places = np.asarray(indices.inner[3])
     for n, i, j in np.ndindex(2, 6, 6):
         want = -alibi_slopes(2)[n] * abs(int(places[0, i]) - int(places[0, j]))
         np.testing.assert_allclose(dense[0, n, i, j], want, rtol=1e-6)
-    learned = Randomized(LearnedAbsolute(max_length=30), max_length=30)
+    learned = Randomized(Learned(max_length=30), max_length=30)
     indices, table = indices_of(learned), jax.random.normal(jax.random.key(1), (30, 4))
     variables = {"params": {"encoding": {"table": table}}}
     embedded = learned.apply(variables, jnp.zeros((2, 6, 4)), indices, method="embed")
@@ -89,7 +90,7 @@ def test_each_layer_has_a_draw_of_its_own():
     assert len({tuple(x[0].tolist()) for x in indices.inner}) == 3
     for layer in range(5):
         own = encoding.layer(layer, 5)
-        query, _ = own.apply({}, X, X, indices, indices, method="rotate")
+        query, _ = own.apply({}, Side(X, indices), Side(X, indices), method="rotate")
         np.testing.assert_array_equal(query, rotate(X, indices.inner[layer % 3]))
     alone = Randomized()
     assert alone.layer(2, 3) is alone
@@ -156,7 +157,9 @@ def test_there_is_nothing_beyond_the_range():
     @jax.jit
     def turned(places):
         indices = indices_of(encoding, places)
-        return encoding.apply({}, X[:, :3], X[:, :3], indices, indices, method="rotate")[0]
+        return encoding.apply(
+            {}, Side(X[:, :3], indices), Side(X[:, :3], indices), method="rotate"
+        )[0]
 
     query = turned(jnp.array([[3, 4, 5], [0, 1, -1]]))
     assert np.isnan(query).all(axis=(2, 3)).tolist() == [[False, False, True]] * 2

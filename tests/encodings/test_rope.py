@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posjax.encodings import RoPE
-from posjax.encodings.rope import lengths, rotate, turn
+from posjax.encodings.base import Side
+from posjax.encodings.rope import rotate
+from posjax.encodings.rotary import lengths, turn
 from posjax.frequencies import DynamicNTK, Linear, LongRoPE, YaRN
 
 LAYOUTS = pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -94,7 +96,9 @@ def test_angles_are_float32_for_bfloat16():
 
 def test_the_module_turns_query_and_key_by_their_own_positions():
     encoding = RoPE(base=500.0, fraction=0.5, layout="interleaved")
-    query, key = encoding.apply({}, X, X[:, :2, :1], POSITIONS, POSITIONS[:, :2], method="rotate")
+    query, key = encoding.apply(
+        {}, Side(X, POSITIONS), Side(X[:, :2, :1], POSITIONS[:, :2]), method="rotate"
+    )
     settings = {"base": 500.0, "fraction": 0.5, "layout": "interleaved"}
     np.testing.assert_array_equal(query, rotate(X, POSITIONS, **settings))
     np.testing.assert_array_equal(key, rotate(X[:, :2, :1], POSITIONS[:, :2], **settings))
@@ -182,8 +186,8 @@ def test_lengths_are_those_of_the_keys_and_grow_while_decoding(scaling):
 
     @jax.jit
     def logits(query, key, query_positions, key_positions):
-        positions = query_positions, key_positions
-        query, key = encoding.apply({}, query, key, *positions, method="rotate")
+        sides = Side(query, query_positions), Side(key, key_positions)
+        query, key = encoding.apply({}, *sides, method="rotate")
         return jnp.einsum("btnh,bsnh->nts", query, key)
 
     x = X[:1]
@@ -235,7 +239,7 @@ def test_scalings_equal_hugging_face_llama(encoding, parameters):
     cos, sin = module(torch.zeros(1), torch.tensor(places.tolist()))
     x = torch.tensor(np.asarray(X[:1]))
     want, _ = llama.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    query, key = encoding.apply({}, X[:1], X[:1], places, places, method="rotate")
+    query, key = encoding.apply({}, Side(X[:1], places), Side(X[:1], places), method="rotate")
     np.testing.assert_allclose(query, want.numpy(), atol=5e-5)
     np.testing.assert_array_equal(query, key)
 

@@ -9,6 +9,7 @@ import posjax.kernels.blocks
 from posjax import dot_product_attention
 from posjax.biases.grouped import GroupedBias
 from posjax.encodings import Combine, LogLength, RoPE, SelfExtend
+from posjax.encodings.base import Side
 from posjax.encodings.self_extend import group_shifts
 
 DATA = np.load(pathlib.Path(__file__).parent.parent / "data" / "self_extend.npz")
@@ -26,8 +27,8 @@ def small_blocks(monkeypatch):
 def attend(encoding, query, key, value, indices=PLACES, implementation="xla", rows=slice(None)):
     """Attention of some rows of the query to all keys."""
     own = jax.tree.map(lambda x: x[:, rows], indices)
-    query, key = encoding.apply({}, query[:, rows], key, own, indices, method="rotate")
-    bias = encoding.apply({}, query, key, value, own, indices, method="bias")
+    query, key = encoding.apply({}, Side(query[:, rows], own), Side(key, indices), method="rotate")
+    bias = encoding.apply({}, Side(query, own), Side(key, indices), method="bias")
     settings = {"query_positions": PLACES[:, rows], "implementation": implementation}
     return dot_product_attention(query, key, value, bias, is_causal=True, **settings)
 
@@ -85,8 +86,9 @@ def test_is_the_formula_at_given_positions(group, window):
     places = jnp.arange(14) + jnp.where(jnp.arange(14) < 6, 0, 11)
     encoding = SelfExtend(group=group, window=window)
     indices = places[None]
-    query, key = encoding.apply({}, *inputs[:2], indices, indices, method="rotate")
-    bias = encoding.apply({}, query, key, inputs[2], indices, indices, method="bias")
+    sides = (Side(x, indices) for x in inputs[:2])
+    query, key = encoding.apply({}, *sides, method="rotate")
+    bias = encoding.apply({}, Side(query, indices), Side(key, indices), method="bias")
     got = dot_product_attention(query, key, inputs[2], bias, is_causal=True)
     want = literal(*inputs, group, window, np.asarray(places))
     np.testing.assert_allclose(got, want, atol=2e-5)
@@ -107,7 +109,7 @@ def test_gradients_are_those_of_the_dense_form():
     def dense(inputs):
         query, key, value = inputs
         shifts = group_shifts(PLACES, 4, 8)
-        turn = lambda x, p: RoPE().apply({}, x, x, p, p, method="rotate")[0]  # noqa: E731
+        turn = lambda x, p: RoPE().apply({}, Side(x, p), Side(x, p), method="rotate")[0]  # noqa: E731
         key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
         near = jnp.einsum("btnh,bsnh->bnts", turn(query, PLACES), turn(key, PLACES))
         far_query, far_key = (

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posjax.encodings import T5Bias
+from posjax.encodings import T5
 from posjax.encodings.base import Sizes
 from posjax.encodings.t5 import BucketTable, t5_buckets
 
@@ -78,8 +78,8 @@ def test_fractions_are_rounded():
 
 
 def test_variants():
-    assert T5Bias.per_layer() == T5Bias(share_layers=False)
-    assert T5Bias.encoder() == T5Bias(bidirectional=True)
+    assert T5.per_layer() == T5(share_layers=False)
+    assert T5.encoder() == T5(bidirectional=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -104,7 +104,7 @@ def test_buckets_equal_hugging_face(num_buckets, max_distance, bidirectional):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_bias_is_the_table_at_the_buckets(bidirectional):
-    encoding = T5Bias(bidirectional=bidirectional)
+    encoding = T5(bidirectional=bidirectional)
     table = jax.random.normal(jax.random.key(0), (32, 3))
     bias = bias_of(encoding, {"params": {"table": table}}, 3, PLACES, PLACES[:, ::-1])
     relative = PLACES[:, ::-1][:, None, :] - PLACES[:, :, None]
@@ -131,15 +131,15 @@ def test_gradients_count_the_pairs_of_each_bucket():
 def test_one_table_for_all_layers_or_one_in_each():
     x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
     sizes = Sizes(2, 2, 4)
-    shared = T5Bias().init(jax.random.key(0), sizes, method="shared")
+    shared = T5().init(jax.random.key(0), sizes, method="shared")
     assert jax.tree.map(jnp.shape, shared) == {"params": {"table": (32, 2)}}
-    own = T5Bias(share_layers=False, num_buckets=500, initial_deviation=0.3, max_distance=300)
+    own = T5(share_layers=False, num_buckets=500, initial_deviation=0.3, max_distance=300)
     assert own.init(jax.random.key(0), sizes, method="shared") == {}
     variables = own.init(jax.random.key(0), x, x, x, places, places, method="bias")
     assert jax.tree.map(jnp.shape, variables) == {"params": {"table": (500, 2)}}
     np.testing.assert_allclose(jnp.std(variables["params"]["table"]), 0.3, rtol=0.1)
     with pytest.raises(ValueError, match="share_layers=True, but shared is None"):
-        T5Bias().apply(shared, x, x, x, places, places, method="bias")
+        T5().apply(shared, x, x, x, places, places, method="bias")
 
 
 @pytest.mark.parametrize(
@@ -155,4 +155,4 @@ def test_one_table_for_all_layers_or_one_in_each():
 )
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
-        T5Bias(**settings)
+        T5(**settings)

@@ -5,7 +5,7 @@ import pytest
 
 from posjax import dot_product_attention
 from posjax.encodings import TAPE
-from posjax.encodings.base import Sizes
+from posjax.encodings.base import Side, Sizes
 from posjax.encodings.rope import rotate
 from posjax.encodings.tape import rotary_state, turn
 
@@ -26,10 +26,11 @@ def one_layer(encoding, params, state):
     """Attention output and next state, by the hooks."""
 
     def call(module):
-        query, key = module.rotate(QUERY, KEY, PLACES, PLACES, state, state)
-        values = jnp.concatenate((VALUE, module.carried(state)), axis=-1)
+        sides = (Side(x, PLACES, state) for x in (QUERY, KEY))
+        query, key = module.rotate(*sides)
+        values = jnp.concatenate((VALUE, module.extra_values(state)), axis=-1)
         mixed = dot_product_attention(query, key, values, is_causal=True)
-        return mixed[..., :H], module.advance(state, CHANGE, mixed[..., H:])
+        return mixed[..., :H], module.update_state(state, CHANGE, mixed[..., H:])
 
     return encoding.apply({"params": params}, method=call)
 
@@ -64,7 +65,7 @@ def both_halves(state):
 @pytest.mark.parametrize("mix_heads", [False, True])
 def test_two_layers_equal_the_official_ones(mix_heads):
     encoding = TAPE(size=P, mix_heads=mix_heads)
-    state = encoding.apply({}, PLACES, SIZES, method="begin")
+    state = encoding.apply({}, PLACES, SIZES, method="init_state")
     cos, sin = both_halves(state)
     for seed in range(2):
         params = random_params(seed)
@@ -77,14 +78,14 @@ def test_two_layers_equal_the_official_ones(mix_heads):
 
 def test_starts_as_rope():
     encoding = TAPE()
-    state = encoding.apply({}, PLACES, SIZES, method="begin")
+    state = encoding.apply({}, PLACES, SIZES, method="init_state")
     np.testing.assert_allclose(turn(QUERY, state), rotate(QUERY, PLACES), atol=1e-6)
     mixed = jnp.ones((B, T, N, H))
-    variables = encoding.init(jax.random.key(0), state, CHANGE, mixed, method="advance")
+    variables = encoding.init(jax.random.key(0), state, CHANGE, mixed, method="update_state")
     shapes = {"attention": (N, N), "up": (N, 48), "inputs": (D, 48), "down": (48, N)}
     assert jax.tree.map(jnp.shape, variables["params"]) == shapes
     np.testing.assert_array_equal(
-        encoding.apply(variables, state, CHANGE, mixed, method="advance"), state
+        encoding.apply(variables, state, CHANGE, mixed, method="update_state"), state
     )
 
 
@@ -105,7 +106,7 @@ def test_grouped_heads_share_the_state_of_their_key_head():
     mixed = jax.random.normal(jax.random.key(3), (B, T, N, H))
     params = {"attention": jnp.ones((1, 1)), "up": jnp.zeros((1, P))}
     params |= {"inputs": jnp.zeros((D, P)), "down": jnp.zeros((P, 1))}
-    after = TAPE(size=P).apply({"params": params}, state, CHANGE, mixed, method="advance")
+    after = TAPE(size=P).apply({"params": params}, state, CHANGE, mixed, method="update_state")
     mean = jnp.mean(mixed, axis=2, keepdims=True).reshape(state.shape)
     np.testing.assert_allclose(after, state + mean, rtol=1e-5, atol=1e-6)
 

@@ -11,8 +11,8 @@ from posjax import ArrayBias, BiasSum, ContextualBias, RelativeBias, dot_product
 from posjax.biases.base import Bias
 from posjax.biases.running import ForgettingBias, StickBreakingBias
 from posjax.biases.scaled import ScaledBias
-from posjax.encodings import ALiBi, CoPE, RoPE, T5Bias, Temperature
-from posjax.encodings.base import Sizes
+from posjax.encodings import T5, ALiBi, CoPE, RoPE, Temperature
+from posjax.encodings.base import Side, Sizes
 
 X, Y, Z = jax.random.normal(jax.random.key(0), (3, 1, 13, 2, 8))
 PLACES = jnp.arange(13)[None]
@@ -34,8 +34,10 @@ def small_blocks(monkeypatch):
 def attend(encoding, variables, inputs, implementation):
     query, key, value = inputs
 
-    query, key = encoding.apply(variables, query, key, PLACES, PLACES, method="rotate")
-    bias = encoding.apply(variables, query, key, value, PLACES, PLACES, method="bias")
+    query, key = encoding.apply(variables, Side(query, PLACES), Side(key, PLACES), method="rotate")
+    bias = encoding.apply(
+        variables, Side(query, PLACES), Side(key, PLACES, value=value), method="bias"
+    )
     return dot_product_attention(
         query, key, value, bias, is_causal=True, implementation=implementation
     )
@@ -44,8 +46,10 @@ def attend(encoding, variables, inputs, implementation):
 def literal(encoding, variables, inputs, tau):
     """Softmax of the inner encoding's logits over tau."""
     query, key, value = inputs
-    query, key = encoding.apply(variables, query, key, PLACES, PLACES, method="rotate")
-    bias = encoding.apply(variables, query, key, value, PLACES, PLACES, method="bias")
+    query, key = encoding.apply(variables, Side(query, PLACES), Side(key, PLACES), method="rotate")
+    bias = encoding.apply(
+        variables, Side(query, PLACES), Side(key, PLACES, value=value), method="bias"
+    )
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest") * 8**-0.5
     logits = logits + bias.dense(query, key, **CONTEXT)
     logits = jnp.where(CAUSAL, logits / tau, -1e30)
@@ -55,7 +59,7 @@ def literal(encoding, variables, inputs, tau):
 CASES = {
     "alibi": (ALiBi(), {}),
     "t5": (
-        T5Bias(share_layers=False),
+        T5(share_layers=False),
         {"table": jax.random.normal(jax.random.key(1), (32, 2))},
     ),
     "cope": (
@@ -90,11 +94,11 @@ def test_values_and_gradients_are_those_of_logits_over_tau(name, tau):
 
 def test_without_a_bias_only_the_query_changes():
     encoding = Temperature(RoPE(), temperature=0.5)
-    query, key = encoding.apply({}, X, Y, PLACES, PLACES, method="rotate")
-    plain, turned = RoPE().apply({}, X, Y, PLACES, PLACES, method="rotate")
+    query, key = encoding.apply({}, Side(X, PLACES), Side(Y, PLACES), method="rotate")
+    plain, turned = RoPE().apply({}, Side(X, PLACES), Side(Y, PLACES), method="rotate")
     np.testing.assert_allclose(query, 2 * plain, rtol=1e-6)
     np.testing.assert_array_equal(key, turned)
-    assert encoding.apply({}, X, X, X, PLACES, PLACES, method="bias") is None
+    assert encoding.apply({}, Side(X, PLACES), Side(X, PLACES), method="bias") is None
 
 
 def test_t5_inside_shares_its_table_as_alone():
@@ -140,7 +144,7 @@ def test_what_is_added_to_values_is_not_scaled(implementation):
 def test_a_scaled_description_keeps_what_its_inner_one_is():
     table = jax.random.normal(jax.random.key(1), (4, 8))
     distance = RelativeBias(
-        CASES["alibi"][0].apply({}, X, X, X, PLACES, PLACES, method="bias").function
+        CASES["alibi"][0].apply({}, Side(X, PLACES), Side(X, PLACES), method="bias").function
     )
     inner = BiasSum((ContextualBias(table), distance))
     scaled = ScaledBias(inner, 2.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posjax.encodings import RoPE, XPos
+from posjax.encodings.base import Side
 
 REASON = "compares with x-transformers' code"
 QUERY, KEY = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8))
@@ -14,7 +15,9 @@ LAYOUTS = pytest.mark.parametrize("layout", ["half", "interleaved"])
 
 
 def logits(encoding, query, key, query_places, key_places):
-    query, key = encoding.apply({}, query, key, query_places, key_places, method="rotate")
+    query, key = encoding.apply(
+        {}, Side(query, query_places), Side(key, key_places), method="rotate"
+    )
     return jnp.einsum("btnh,bsnh->bnts", query, key)
 
 
@@ -55,7 +58,7 @@ def test_centred_equals_x_transformers():
     )
     encoding = XPos(scale_base=64.0, centred=True, layout="interleaved")
     places = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    found = encoding.apply({}, QUERY, KEY, places, places, method="rotate")
+    found = encoding.apply({}, Side(QUERY, places), Side(KEY, places), method="rotate")
     for ours, theirs in zip(found, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -74,15 +77,15 @@ def test_a_key_is_turned_alike_whatever_follows():
     """Without a centre a cache of turned keys would do; with one it would not."""
     for centred in (False, True):
         encoding = XPos(centred=centred)
-        whole = encoding.apply({}, QUERY, KEY, PLACES, PLACES, method="rotate")[1]
-        part = (x[:, :3] for x in (QUERY, KEY, PLACES, PLACES))
+        whole = encoding.apply({}, Side(QUERY, PLACES), Side(KEY, PLACES), method="rotate")[1]
+        part = (Side(x[:, :3], PLACES[:, :3]) for x in (QUERY, KEY))
         first = encoding.apply({}, *part, method="rotate")[1]
         assert np.array_equal(whole[:, :3], first) != centred
 
 
 def test_an_endless_scale_is_rope():
-    wide = XPos(scale_base=1e9).apply({}, QUERY, KEY, PLACES, PLACES, method="rotate")
-    rope = RoPE().apply({}, QUERY, KEY, PLACES, PLACES, method="rotate")
+    wide = XPos(scale_base=1e9).apply({}, Side(QUERY, PLACES), Side(KEY, PLACES), method="rotate")
+    rope = RoPE().apply({}, Side(QUERY, PLACES), Side(KEY, PLACES), method="rotate")
     for ours, theirs in zip(wide, rope, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -120,4 +123,4 @@ def test_bad_settings(settings, words):
 def test_channels_must_come_in_pairs():
     x = jnp.ones((1, 1, 1, 5))
     with pytest.raises(ValueError, match="XPos turns pairs of channels; head size 5 must be even"):
-        XPos().apply({}, x, x, jnp.array([[1]]), jnp.array([[1]]), method="rotate")
+        XPos().apply({}, Side(x, jnp.array([[1]])), Side(x, jnp.array([[1]])), method="rotate")

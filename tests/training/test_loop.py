@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from posjax.encodings import LearnedAbsolute
+from posjax.encodings import Learned
 from posjax.tasks import SelectiveCopy
 from posjax.training import fit
 from posjax.training.checkpoints import CheckpointError, Checkpoints
@@ -189,7 +189,7 @@ def test_evaluations_during_training(tmp_path):
 
 def test_a_split_longer_than_a_table_is_not_available(tmp_path):
     task = dataclasses.replace(TASK, sparse_blanks=9)
-    config = tiny(task=task, encoding=LearnedAbsolute(max_length=task.length))
+    config = tiny(task=task, encoding=Learned(max_length=task.length))
     report = fit(config, tmp_path / "run", console=SILENT)
     assert report["metrics"]["sparse"] is None
     assert "max_length=6" in report["unavailable"]["sparse"]
@@ -201,7 +201,7 @@ def test_a_split_longer_than_a_table_is_not_available(tmp_path):
 
 def test_a_model_that_cannot_be_built_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="max_length=3"):
-        fit(tiny(encoding=LearnedAbsolute(max_length=3)), tmp_path / "run", console=SILENT)
+        fit(tiny(encoding=Learned(max_length=3)), tmp_path / "run", console=SILENT)
     assert not (tmp_path / "run").exists()
 
 
