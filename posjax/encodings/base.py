@@ -5,32 +5,33 @@ unbound module *is* the configuration: `CoPE(num_positions=64)` stands in a conf
 Adding an encoding adds one file to this folder, which `posjax.encodings.registry` finds by itself,
 and one line to its `__init__`. Most encodings belong to a family and say one thing:
 
-| family                                     | a subclass says                                 |
-|--------------------------------------------|-------------------------------------------------|
-| `posjax.encodings.rotary.Rotary`           | its angles                                      |
-| `posjax.encodings.distance.DistanceBias`   | its trained arrays and a function of distance   |
-| `posjax.encodings.stream.StreamEncoding`   | what flows through the layers beside the tokens |
-| `posjax.encodings.wrapper.Wrapper`         | how it changes what another encoding sees       |
+| family                                   | a subclass says                                   |
+|------------------------------------------|---------------------------------------------------|
+| `posjax.encodings.rotary.Rotary`         | its angles                                        |
+| `posjax.encodings.distance.DistanceBias` | its trained arrays and its function of distance   |
+| `posjax.encodings.stream.StreamEncoding` | what flows through the layers beside the tokens   |
+| `posjax.encodings.wrapper.Wrapper`       | what it changes around another encoding           |
 
 A model creates the encoding once for itself (places 1 and 2, `shared`, `init_state`) and once in
 each layer (the rest, of `encoding.layer(index, layers)`); parameters exist only where a method that
 makes them is called. Data passes in this order, with `stream = stream_of(encoding)`:
 
-| place | once per model                                                  |
-|-------|-----------------------------------------------------------------|
-| 1     | indices, carry = encoding.positions(tokens, positions, carry)   |
-| 2     | x = encoding.embed(embeddings, indices)                         |
-|       | shared = encoding.shared(sizes)                                 |
-|       | state = stream.init_state(indices, sizes)                       |
-|       | **in every layer**                                              |
-|       | x = stream.update_stream(x, stream.stream_inputs(x), indices, rows) |
-|       | memory = encoding.cache(inputs, sizes, state)                   |
-|       | query = Side(projected queries, indices, memory)                |
-|       | key = Side(projected keys, indices, memory, projected values)   |
-| 3     | query.x, key.x = encoding.rotate(query, key)                    |
-| 4     | bias = encoding.bias(query, key, shared)                        |
-|       | mixed = attention of [key.value, stream.extra_values(key.memory)] |
-|       | state = stream.update_state(state, change, mixed)               |
+| place | once per model                                                                  |
+|-------|---------------------------------------------------------------------------------|
+| 1     | indices, carry = encoding.positions(tokens, positions, carry)                   |
+| 2     | x = encoding.embed(embeddings, indices)                                         |
+|       | shared = encoding.shared(sizes)                                                 |
+|       | state = stream.init_state(indices, sizes)                                       |
+|       | **in every layer**                                                              |
+|       | x = stream.update_stream(x, stream.stream_inputs(x), indices, rows)             |
+|       | memory = encoding.cache(inputs, sizes, state)                                   |
+|       | query = Side(queries of inputs, indices, memory)                                |
+|       | key = Side(keys of inputs, indices, memory, values of inputs)                   |
+| 3     | query.x, key.x = encoding.rotate(query, key)                                    |
+| 4     | bias = encoding.bias(query, key, shared)                                        |
+|       | averages, mixed = attention(query.x, key.x,                                     |
+|       |                             [key.value, stream.extra_values(key.memory)], bias) |
+|       | state = stream.update_state(state, change, mixed)                               |
 
 Most encodings override one or two of these. The results of `stream_inputs` and `cache` are kept
 beside key and value when decoding. Keys are cached as they come from their projection, and `rotate`

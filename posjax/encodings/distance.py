@@ -18,7 +18,8 @@ class TrainedBias(PositionEncoding):
     they are made once. Its `bias` gets them from `parameters_of_layer`.
     """
 
-    share_layers: ClassVar[bool] = False
+    # Without an annotation, which would make it the first field of subclasses that declare it.
+    share_layers = False
 
     def parameters(self, sizes: Sizes) -> PyTree:
         """The trained arrays, as `self.param` makes them; None for none."""

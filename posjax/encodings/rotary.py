@@ -1,6 +1,6 @@
 """Encodings that turn pairs of channels of query and key by angles."""
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,8 @@ class Rotary(PositionEncoding):
     `layout`, if it has one, says which channels are a pair.
     """
 
-    layout: ClassVar[Layout] = "half"
+    # Without an annotation, which would make it the first field of subclasses that declare it.
+    layout = "half"
 
     def turn_of(self, side: Side) -> Turn:
         """The turn of queries or of keys."""

@@ -7,6 +7,7 @@ called as users call them; attention runs in blocks smaller than the sequence.
 import dataclasses
 import functools
 import inspect
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import posjax.encodings
 import posjax.kernels.blocks
 from posjax import dot_product_attention
 from posjax.encodings import registry
@@ -141,6 +143,8 @@ def test_is_a_configuration(name):
     assert hash(a) == hash(b)
     assert "." in name or "+" in name or registry.spec_of(a) == name
     own = [f for f in dataclasses.fields(a) if f.init and f.name not in ("parent", "name")]
+    written = [word for word in inspect.get_annotations(type(a)) if word in {f.name for f in own}]
+    assert [f.name for f in own] == written  # a family puts none before them
     assert "+" in name or all(f.default is not dataclasses.MISSING for f in own)
 
 
@@ -382,6 +386,35 @@ def test_registry_names_files_and_their_variants():
         "Abacus",
         "RoPE",
     ]
+
+
+def test_every_encoding_is_exported():
+    classes = registry.classes().values()
+    lines = [f"from {c.__module__} import {c.__name__} as {c.__name__}" for c in classes]
+    text = Path(posjax.encodings.__file__).read_text()
+    missing = "\n".join(line for line in lines if line not in text)
+    assert not missing, f"posjax/encodings/__init__.py needs\n{missing}"
+
+
+@pytest.mark.parametrize("module", [posjax, posjax.encodings])
+@pytest.mark.parametrize(
+    ("old", "name"),
+    [
+        ("CMHA", "complexformer"),
+        ("LearnableFourier", "fourier"),
+        ("LearnedAbsolute", "learned"),
+        ("T5Bias", "t5"),
+    ],
+)
+def test_old_names_warn(module, old, name):
+    with pytest.warns(DeprecationWarning, match=f"{old} is now called"):
+        assert getattr(module, old) is type(registry.create(name))
+
+
+def test_classes_are_named_after_their_files():
+    for name in registry.names():
+        if "." not in name and name != "nope":
+            assert type(registry.create(name)).__name__.lower() == name.replace("_", "")
 
 
 @pytest.mark.parametrize(
