@@ -1,13 +1,12 @@
-"""Attention with Linear Biases (ALiBi): logits fall with the distance, at each head's own slope."""
+"""Attention with Linear Biases (ALiBi): logits fall with the distance, faster in some heads."""
 
 import dataclasses
 from typing import Self
 
 import jax.numpy as jnp
 
-from posjax.biases.relative import RelativeBias
-from posjax.encodings.base import PositionEncoding
-from posjax.types import Array, Float, Num, PyTree
+from posjax.encodings.distance import DistanceBias, OfDistance
+from posjax.types import Array, Float, Num
 
 __all__ = ["ALiBi", "LinearDistance", "alibi_slopes"]
 
@@ -15,10 +14,10 @@ __all__ = ["ALiBi", "LinearDistance", "alibi_slopes"]
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """The slope of each head.
 
-        2^(-8 n / N) for n = 1 ... N                   where N = heads is a power of 2
+        2^(-8 n / N) for n = 1 ... N                   if N = heads is a power of 2
         slopes(C) + every other one of slopes(2 C)     for other N; C is the power of 2 below N
 
-    The second line is the official code's.
+    The second line is from the official code.
 
     Raises:
         ValueError: fewer than 1 head.
@@ -35,46 +34,41 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class LinearDistance:
-    """slope * (left_bonus [j < i] - |i - j|) for each head, as a function for `RelativeBias`.
+    """slope * (left_bonus [distance > 0] - |distance|) for each head.
 
-    i is the position of the query, j that of the key. The slopes are constants of the compiled
-    program, so no gradient is computed for them.
+    The slopes are constants of the compiled program, so no gradient is computed for them.
     """
 
     slopes: tuple[float, ...]
     left_bonus: float = 0.0
 
-    def __call__(
-        self, params: PyTree, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]
-    ) -> Float[Array, "#B N T S"]:
-        """The bias in float32; `params` is not used."""
-        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
-        slopes = jnp.asarray(self.slopes, jnp.float32)[None, :, None, None]
+    def __call__(self, params: None, distance: Num[Array, "#B 1 T S"]) -> Float[Array, "#B N T S"]:
+        """The bias in float32."""
         steps = -jnp.abs(distance).astype(jnp.float32)
         if self.left_bonus:
             steps += jnp.where(distance > 0, self.left_bonus, 0.0)
-        return slopes * steps
+        return jnp.asarray(self.slopes, jnp.float32)[None, :, None, None] * steps
 
 
-class ALiBi(PositionEncoding):
+class ALiBi(DistanceBias):
     """Subtracts the distance, times a fixed slope for each head, from the logits.
 
         logit_ij = H^-0.5 q_i . k_j - slope_n |i - j|                        slopes: `alibi_slopes`
         logit_ij = H^-0.5 q_i . k_j - slope_n (|i - j| - left_bonus [j < i])
 
-    The same in every layer, not trained, and not multiplied by the attention's scale. With causal
-    attention j <= i, so this is the paper's -slope (i - j); the official code adds slope * j
-    instead, which is the same to softmax. The paper defines causal attention only. Without it, the
-    first line is the symmetric form, which cannot tell left from right; Ruoss et al. break the
-    symmetry with left_bonus = 0.5 (`ALiBi.asymmetric()`), as in their code.
+    It is the same in every layer, not trained, and not multiplied by the attention's scale. With
+    causal attention j <= i, so this is the paper's -slope (i - j); the official code adds slope * j
+    instead, which softmax cannot tell apart. The paper defines causal attention only. Otherwise the
+    first line is symmetric and cannot tell left from right; Ruoss et al. break the symmetry with
+    left_bonus = 0.5 (`ALiBi.asymmetric()`), as in their code.
 
-    Every length is defined: far keys just fade, which keeps perplexity level beyond the trained
-    length. Tested live against Hugging Face's BLOOM, and the asymmetric form against a
-    transcription of its code.
+    Every length is defined: far keys fade, which keeps perplexity level beyond the trained length.
+    Tested against Hugging Face's BLOOM, and the asymmetric form against a transcription of its
+    code.
 
     Args:
-        left_bonus: distance that keys before the query are spared; 0 or more. Not 0, it also
-            separates a query's own key from the one before under causal attention.
+        left_bonus: steps by which keys before the query are nearer; 0 or more. Above 0 it changes
+            causal attention too: the query's own key gets no bonus.
 
     References:
         Press, Smith, Lewis, Train Short, Test Long: Attention with Linear Biases Enables Input
@@ -85,7 +79,7 @@ class ALiBi(PositionEncoding):
     >>> from posjax.encodings.base import Side
     >>> x, p = jnp.ones((1, 3, 1, 4)), jnp.array([[0, 1, 2]])
     >>> bias = ALiBi().apply({}, Side(x, p), Side(x, p), method="bias")
-    >>> bias.function.slopes
+    >>> bias.function.function.slopes
     (0.00390625,)
     """
 
@@ -102,7 +96,6 @@ class ALiBi(PositionEncoding):
         """Keys before the query are half a step nearer, so that an encoder sees the direction."""
         return cls(left_bonus=0.5)
 
-    def bias(self, query, key, shared=None):
-        """The linear bias for query's heads."""
-        function = LinearDistance(alibi_slopes(query.x.shape[2]), self.left_bonus)
-        return RelativeBias(function, None, query.indices, key.indices, distance_only=True)
+    def function(self, heads):
+        """The linear bias."""
+        return OfDistance(LinearDistance(alibi_slopes(heads), self.left_bonus))

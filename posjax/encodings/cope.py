@@ -8,40 +8,41 @@ import jax.numpy as jnp
 
 from posjax.biases.contextual import ContextualBias
 from posjax.encodings.base import PositionEncoding
+from posjax.encodings.distance import TrainedBias
 
 __all__ = ["CoPE"]
 
 
-class CoPE(PositionEncoding):
+class CoPE(TrainedBias):
     """Contextual Position Encoding: the distance to a key is a sum of gates of query and key.
 
         g_ij  = sigmoid(q_i . k'_j * H^-0.5 + gate_bias)                    for every head
         p_ij  = min(sum of g_ik over k from j to i, num_positions - 1)
         logit = H^-0.5 q_i . k_j + interp(q_i . table, p_ij)
 
-    The pure form is `posjax.ContextualBias`. Fields:
-
-        num_positions: P, the rows of the table; counts beyond P - 1 are all position P - 1.
-        per_head: one table for each head, [N, P, H], instead of one for all, [P, H] (the paper and
-            its code).
-        gate_source: k' is the key ("logits"), an own projection of the layer's input ("key"; the
-            official code's --cope-sep-key), the value ("value"; --cope-val-gates), or every gate is
-            1 ("ones"): a relative table capped at P - 1, the control that shows what the context
-            adds.
-        gate_bias: added to the gates' logits (one number for each head). Below 0 gates start rare,
-            so counts reach far before they saturate; a saturated count has no gradient.
-        train_gate_bias: whether gate_bias is a parameter.
-        table_deviation: standard deviation of the table at the start. At 0 (the paper's code) gates
-            get no gradient from positions until the table has moved, and the model may stay long
-            where it started.
-        share_layers: one table for all layers (--cope-shared), made by `shared`.
-        every: only the layers 0, every, 2 every, ... use it (--cope-layers; the official code wants
-            relative positions in all layers beside it: `cope+shaw.keys`).
-        scaled: multiply the position term by H^-0.5 too. The paper's Appendix B does not; the
-            official repository does by default (--cope-nodiv turns it off).
+    The pure form is `posjax.ContextualBias`. Parameters: the table, and `gate_bias` [N] of each
+    layer with `train_gate_bias`; float32. Options after a dash are the official code's.
 
     Any length is defined: beyond the trained one counts go on and saturate at P - 1. Attention must
     be causal.
+
+    Args:
+        num_positions: P, the rows of the table; all counts beyond P - 1 are position P - 1.
+        per_head: one table for each head, [N, P, H], instead of one for all, [P, H] (the paper and
+            its code).
+        gate_source: k' is the key ("logits"), a projection of the layer's input ("key";
+            --cope-sep-key), the value ("value"; --cope-val-gates), or every gate is 1 ("ones"): a
+            relative table capped at P - 1, the control that shows the effect of the context.
+        gate_bias: added to the gates' logits. Below 0 gates start rare, so counts reach far before
+            they saturate; a saturated count has no gradient.
+        train_gate_bias: whether the gate bias is a parameter, one number for each head.
+        table_deviation: standard deviation of the table at the start. At 0 (the paper's code) gates
+            get no gradient from positions until the table has moved, which may take long.
+        share_layers: one table for all layers (--cope-shared).
+        every: only the layers 0, every, 2 every, ... use it (--cope-layers; the official code needs
+            relative positions in all layers beside it: `cope+shaw.keys`).
+        scaled: whether the position term is multiplied by H^-0.5 too. It is not in the paper's
+            Appendix B; it is by default in the official repository (--cope-nodiv turns it off).
 
     References:
         Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's
@@ -88,17 +89,17 @@ class CoPE(PositionEncoding):
 
     @classmethod
     def gate_keys(cls) -> Self:
-        """Gates from keys of their own (the official --cope-sep-key)."""
+        """Gates from a separate projection (--cope-sep-key)."""
         return cls(gate_source="key")
 
     @classmethod
     def gate_values(cls) -> Self:
-        """Gates from the values (the official --cope-val-gates)."""
+        """Gates from the values (--cope-val-gates)."""
         return cls(gate_source="value")
 
     @classmethod
     def shared_table(cls) -> Self:
-        """One table for all layers (the official --cope-shared)."""
+        """One table for all layers (--cope-shared)."""
         return cls(share_layers=True)
 
     @classmethod
@@ -107,29 +108,22 @@ class CoPE(PositionEncoding):
         return cls(per_head=True)
 
     def layer(self, index, layers):
-        """Nothing in the layers that `every` leaves out."""
+        """No encoding in the layers that `every` leaves out."""
         return self if index % self.every == 0 else PositionEncoding(parent=None)
 
     def setup(self):
         self.gate_projection = _HeadProjection()
 
     def cache(self, inputs, sizes, state=None):
-        """Gate keys, where they have a projection of their own."""
+        """Gate keys, if they have their own projection."""
         if self.gate_source != "key":
             return None
         return self.gate_projection(inputs, sizes.kv_heads, sizes.head_size)
 
-    def shared(self, sizes):
-        """The table of all layers; None where each layer has its own."""
-        return self._table(sizes.heads, sizes.head_size) if self.share_layers else None
-
     def bias(self, query, key, shared=None):
-        """The contextual bias with this layer's table."""
+        """The contextual bias with the layer's table."""
+        table = self.parameters_of_layer(query, key, shared)
         heads, size = query.x.shape[2:]
-        if self.share_layers and shared is None:
-            wanted = "hand over what `shared` returned, or set share_layers=False"
-            raise ValueError(f"CoPE has share_layers=True, but shared is None; {wanted}.")
-        table = shared if self.share_layers else self._table(heads, size)
         bias_scale = size**-0.5 if self.scaled else 1.0
         if self.gate_source == "ones":
             return ContextualBias(
@@ -138,8 +132,10 @@ class CoPE(PositionEncoding):
         gate_key = {"logits": None, "key": key.memory, "value": key.value}[self.gate_source]
         return ContextualBias(table, gate_key, self._gate_bias(heads), bias_scale=bias_scale)
 
-    def _table(self, heads: int, size: int):
-        shape = (heads, self.num_positions, size) if self.per_head else (self.num_positions, size)
+    def parameters(self, sizes):
+        """The table, [num_positions, H], or [N, num_positions, H] with `per_head`."""
+        shape = (self.num_positions, sizes.head_size)
+        shape = (sizes.heads, *shape) if self.per_head else shape
         return self._trained("table", nn.initializers.normal(self.table_deviation), shape)
 
     def _gate_bias(self, heads: int):

@@ -3,15 +3,13 @@
 import dataclasses
 import itertools
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.relative import RelativeBias
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.t5 import check_shared
+from posjax.encodings.distance import DistanceBias
 from posjax.types import Array, Float, Num
 
 __all__ = ["FIRE", "InterpolatedDistance"]
@@ -65,7 +63,7 @@ class InterpolatedDistance:
         return psi(distance) / (psi(jnp.maximum(last, threshold)) + _EPSILON)
 
 
-class FIRE(PositionEncoding):
+class FIRE(DistanceBias):
     """Adds a trained function of the distance as a share of the query's position (interpolation).
 
         logit_ij = H^-0.5 q_i . k_j + mlp(psi(i - j) / psi(max(L, i)))_n
@@ -73,7 +71,7 @@ class FIRE(PositionEncoding):
 
     Longer contexts are squeezed into [0, 1]. For queries before L the divisor is constant, so
     nothing is interpolated there: set `initial_threshold` to the training length of short tasks.
-    Not multiplied by the attention's scale.
+    The bias is not multiplied by the attention's scale.
 
     Parameters of each layer, float32: c (), 0.1 at the start; threshold (), 1 at the start, times
     `initial_threshold` is L; kernel_l and bias_l of the network, uniform between +-(inputs)^-0.5 at
@@ -81,18 +79,18 @@ class FIRE(PositionEncoding):
     keeps psi positive and 1e-6 is added to the divisor; the listing has one hidden layer, the
     paper's text two (`FIRE.two_hidden()`). FIRE-S has one network for all layers
     (`FIRE.shared_layers()`); heads always differ. To train on random positions, as the paper also
-    does, use positions drawn so (place 1).
+    does, wrap it: `Randomized(FIRE())`.
 
     Every position is defined. Keys after the query count by |i - j|, as in the listing; the share
-    may then exceed 1, which normaliser="larger" (for encoders) avoids; causal, both are the same.
-    Tested against a transcription of the listing.
+    may then exceed 1, which normaliser="larger" (for encoders) avoids. In causal attention both are
+    the same. Tested against a transcription of the listing.
 
     Args:
         hidden_layers: at least 1.
         hidden_width: units of a hidden layer; at least 1.
         initial_c: c at the start; above 0.
         initial_threshold: L at the start; above 0.
-        normaliser: whose position divides the distance.
+        normaliser: the position that divides the distance: the query's, or the larger one.
         share_layers: FIRE-S.
 
     References:
@@ -112,6 +110,7 @@ class FIRE(PositionEncoding):
     initial_threshold: float = 512.0
     normaliser: Literal["query", "larger"] = "query"
     share_layers: bool = False
+    distance_only: ClassVar[bool] = False
 
     def __post_init__(self):
         for field in ("hidden_layers", "hidden_width"):
@@ -136,26 +135,19 @@ class FIRE(PositionEncoding):
         """FIRE-S: one function for all layers."""
         return cls(share_layers=True)
 
-    def shared(self, sizes):
-        """The parameters of all layers; None where each layer has its own."""
-        return self._parameters(sizes.heads) if self.share_layers else None
-
-    def bias(self, query, key, shared=None):
-        """The bias for query's heads."""
-        if self.share_layers:
-            check_shared("FIRE", shared)
-        params = shared if self.share_layers else self._parameters(query.x.shape[2])
-        function = InterpolatedDistance(self.initial_threshold, self.normaliser)
-        return RelativeBias(function, params, query.indices, key.indices)
+    def function(self, heads):
+        """The network at the shares."""
+        return InterpolatedDistance(self.initial_threshold, self.normaliser)
 
     @nn.compact
-    def _parameters(self, heads: int) -> dict[str, Array]:
+    def parameters(self, sizes):
+        """c, the threshold and the network's kernels and biases, by name."""
         constant = nn.initializers.constant
         params = {
             "c": self.param("c", constant(self.initial_c), (), jnp.float32),
             "threshold": self.param("threshold", constant(1.0), (), jnp.float32),
         }
-        widths = (1, *(self.hidden_width,) * self.hidden_layers, heads)
+        widths = (1, *(self.hidden_width,) * self.hidden_layers, sizes.heads)
         for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             start = _uniform(inputs**-0.5)
             for name, shape in (("kernel", (inputs, outputs)), ("bias", (outputs,))):

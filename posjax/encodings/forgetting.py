@@ -1,4 +1,4 @@
-"""The Forgetting Transformer's gates: every token fades what stands before it."""
+"""The Forgetting Transformer's gates: every token fades the keys before it."""
 
 import math
 from typing import ClassVar, Literal, Self
@@ -33,17 +33,17 @@ class Forgetting(PositionEncoding):
         logit = H^-0.5 q_i . k_j + sum of log f_l over l in j + 1 ... i
 
     The pure form is `posjax.ForgettingBias`. The gates replace other position encodings (the
-    paper's models have none); they may be combined. Parameters of each layer: kernel [D, N] and
-    bias [N], float32. The official code starts kernels normal with deviation 0.02 and biases at 0,
-    so every gate starts near 1/2. The paper's other changes to the block (output gates, norms of
-    query and key, shifts of key and value) are not position encodings and not here. Exact against
-    the official code's own plain form (its decoding path), transcribed in the test.
+    paper's models have none), but may be combined with them. Parameters of each layer: kernel
+    [D, N] and bias [N], float32. The official code starts kernels normal with deviation 0.02 and
+    biases at 0, so every gate starts near 1/2. The paper's other changes to the block (output
+    gates, norms of query and key, shifts of key and value) are not position encodings and not here.
+    Tested against a transcription of the official code's plain form (its decoding path).
 
-    Any length is defined; far keys just fade. Attention must be causal.
+    Any length is defined; far keys fade. Attention must be causal.
 
     Args:
         gate: "full" is the formula; "bias_only" has no kernel (gates do not look at tokens),
-            "fixed" does not train its bias either: ALiBi with slopes of its own.
+            "fixed" does not train its bias either: ALiBi with other slopes.
         decay_times: for "bias_only" and "fixed", the number of tokens after which a key has faded
             to 1 / e, for the first and the last head, evenly spaced in the logarithm between them.
         initial_deviation: standard deviation of the kernel at the start.
@@ -76,7 +76,7 @@ class Forgetting(PositionEncoding):
 
     @classmethod
     def fixed(cls) -> Self:
-        """Gates that neither look at tokens nor train: each head fades at a speed of its own."""
+        """Gates that neither look at tokens nor train: each head fades at its own speed."""
         return cls(gate="fixed")
 
     @nn.compact

@@ -11,24 +11,23 @@ import numpy as np
 from posjax.biases.relative import RelativeBias
 from posjax.biases.sum import BiasSum
 from posjax.biases.tables import ClippedTableBias, MultiplierBias
-from posjax.encodings.base import PositionEncoding
+from posjax.biases.sum import BiasSum
+from posjax.encodings.base import PositionEncoding, Side
+from posjax.encodings.distance import OfDistance
 from posjax.positions import LengthError
-from posjax.types import Array, Float, Num, PyTree
+from posjax.types import Array, Float, Num
 
 __all__ = ["Huang", "NothingBeyond"]
 
 
 @dataclasses.dataclass(frozen=True)
 class NothingBeyond:
-    """NaN where |i - j| > max_distance, else 0, as a function for `RelativeBias`."""
+    """NaN for distances beyond `max_distance`, else 0."""
 
     max_distance: int
 
-    def __call__(
-        self, params: PyTree, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]
-    ) -> Float[Array, "#B 1 T S"]:
-        """The bias in float32; `params` is not used."""
-        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+    def __call__(self, params: None, distance: Num[Array, "#B 1 T S"]) -> Float[Array, "#B 1 T S"]:
+        """The bias in float32."""
         return jnp.where(jnp.abs(distance) > self.max_distance, jnp.nan, 0.0).astype(jnp.float32)
 
 
@@ -49,14 +48,14 @@ class Huang(PositionEncoding):
 
     The table has a row for every distance of the paper's 512 tokens, and there is no rule for
     others; looking one up is an error in Hugging Face's code. Here the last row serves all further
-    distances, or, with `strict`, they raise `posjax.positions.LengthError` where positions are
-    known and give NaN where the program is compiled. Fractions of a position are interpolated.
-    Tested against loops over the formulas.
+    distances, or, with `strict`, they raise `posjax.positions.LengthError` if positions are known
+    and give NaN if the program is compiled. Fractions of a position are interpolated. Tested
+    against loops over the formulas.
 
     Args:
         method: 1, 2, 3 or 4.
-        max_distance: greatest distance with a row of its own; at least 1.
-        per_head: a table of vectors for each head (methods 3 and 4).
+        max_distance: greatest distance with its own row; at least 1.
+        per_head: whether each head has its own vectors (methods 3 and 4).
         strict: whether distances beyond `max_distance` are refused.
         initial_deviation: standard deviation of method 4's table at the start.
 
@@ -90,7 +89,7 @@ class Huang(PositionEncoding):
 
     @property
     def beyond(self) -> str:
-        """What happens beyond `max_distance`."""
+        """Distances beyond `max_distance` raise with `strict`, else they are clipped."""
         return "raises" if self.strict else "clips"
 
     @classmethod
@@ -115,42 +114,41 @@ class Huang(PositionEncoding):
 
     def bias(self, query, key, shared=None):
         """The terms that make the product of query and key the logit of the method."""
-        terms = self._terms(query.x, key.x, query.indices, key.indices)
+        terms = self._terms(query, key)
         if not self.strict:
             return terms
-        self._refuse_known(query.indices, key.indices)
-        function = NothingBeyond(self.max_distance)
-        return BiasSum(
-            (terms, RelativeBias(function, None, query.indices, key.indices, distance_only=True))
-        )
+        places = query.indices, key.indices
+        self._refuse_known(*places)
+        function = OfDistance(NothingBeyond(self.max_distance))
+        return BiasSum((terms, RelativeBias(function, None, *places, distance_only=True)))
 
     @nn.compact
-    def _terms(self, query, key, query_indices, key_indices):
-        heads, size = query.shape[2:]
+    def _terms(self, query: Side, key: Side) -> ClippedTableBias | MultiplierBias:
+        heads, size = query.x.shape[2:]
         left = 0 if self.method == 1 else self.max_distance
         rows = left + self.max_distance + 1
         vectors = (heads, rows, size) if self.per_head else (rows, size)
         settings = {
-            "query_positions": query_indices,
-            "key_positions": key_indices,
+            "query_positions": query.indices,
+            "key_positions": key.indices,
             "clip": (left, self.max_distance),
         }
         if self.method == 4:
             start = nn.initializers.normal(self.initial_deviation)
             table = self.param("table", start, vectors, jnp.float32)
-            return ClippedTableBias(query_table=table, key_table=table, key=key, **settings)
+            return ClippedTableBias(query_table=table, key_table=table, key=key.x, **settings)
         by_channel = self.method == 3
         shape = vectors if by_channel else (heads, rows)
         return MultiplierBias(
             self.param("multipliers", nn.initializers.ones, shape, jnp.float32),
-            key=key if by_channel else None,
+            key=key.x if by_channel else None,
             absolute=self.method == 1,
             by_channel=by_channel,
             **settings,
         )
 
     def _refuse_known(self, *positions: Array) -> None:
-        """Raises where positions are known and two of them are too far apart."""
+        """Raises LengthError if positions are known and two of them are too far apart."""
         if any(isinstance(x, jax.core.Tracer) for x in positions):
             return
         known = np.concatenate([np.asarray(x) for x in positions], axis=1)

@@ -7,9 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.relative import RelativeBias
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.t5 import check_shared
+from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
 __all__ = ["KERPLE", "KernelDistance", "keep_within"]
@@ -19,9 +17,9 @@ _SMALLEST, _GREATEST_POWER = 0.01, 2.0
 
 @jax.custom_vjp
 def keep_within(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
-    """clip(x, low, high), with a gradient outside too wherever it leads back inside.
+    """clip(x, low, high), with a gradient outside the range too if it leads back inside.
 
-    The gradient of a plain clip is 0 outside, where a parameter would stay for ever.
+    The gradient of a plain clip is 0 outside, so a parameter would stay there for ever.
 
     >>> jax.grad(lambda x: keep_within(x, 0.0, 1.0))(jnp.float32(-1.0)).item()
     0.0
@@ -42,18 +40,16 @@ keep_within.defvjp(lambda x, low, high: (jnp.clip(x, low, high), (x, low, high))
 
 @dataclasses.dataclass(frozen=True)
 class KernelDistance:
-    """-r1 log(1 + r2 |i - j|) or -r1 |i - j|^r2 for each head, as a function for `RelativeBias`."""
+    """-r1 log(1 + r2 |distance|) or -r1 |distance|^r2 for each head."""
 
     kind: Literal["log", "power"] = "log"
 
     def __call__(
         self,
         params: tuple[Float[Array, "N"], Float[Array, "N"]],
-        query_positions: Num[Array, "#B T"],
-        key_positions: Num[Array, "#B S"],
+        distance: Num[Array, "#B 1 T S"],
     ) -> Float[Array, "#B N T S"]:
         """The bias in float32; `params` are r1 and r2, both above 0."""
-        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
         distance = jax.lax.stop_gradient(jnp.abs(distance).astype(jnp.float32))
         r1, r2 = (r.astype(jnp.float32)[None, :, None, None] for r in params)
         if self.kind == "log":
@@ -61,27 +57,28 @@ class KernelDistance:
         return -r1 * distance**r2  # at 0 JAX takes 0 for the derivative by r2, not 0 * log(0)
 
 
-class KERPLE(PositionEncoding):
+class KERPLE(DistanceBias):
     """Subtracts a kernel of the distance with two trained numbers for each head from the logits.
 
         logit_ij = H^-0.5 q_i . k_j - r1_n log(1 + r2_n |i - j|)        "log";   r1, r2 > 0
         logit_ij = H^-0.5 q_i . k_j - r1_n |i - j|^(r2_n)               "power"; r1 > 0, 0 < r2 <= 2
 
-    Not multiplied by the attention's scale. Parameters: r1 and r2, [N] each, float32, one pair for
-    all layers. At the start, log: r1 from U(0, 2), r2 from U(0, 1); power: r1 from U(0, 1), r2 from
-    U(0, 2), as in the official code. That clips the stored parameters to [0.01, inf) or [0.01, 2]
-    in each forward pass. A function cannot change its parameters, so "clamp" clips on use, and a
-    parameter outside gets only gradients that lead back inside (`keep_within`). "softplus" trains
-    log(exp(r) - 1) instead, and for the power's r2 the logit of r / 2; starts are alike. Left out:
-    the code's optional kernel that multiplies logits, and its untrained ALiBi form (`ALiBi`).
+    It is not multiplied by the attention's scale. Parameters: r1 and r2, [N] each, float32, one
+    pair for all layers. At the start, log: r1 from U(0, 2), r2 from U(0, 1); power: r1 from
+    U(0, 1), r2 from U(0, 2), as in the official code. That clips the stored parameters to
+    [0.01, inf) or [0.01, 2] in each forward pass. A function cannot change its parameters, so
+    "clamp" clips on use, and a parameter outside gets only gradients that lead back inside
+    (`keep_within`). "softplus" trains log(exp(r) - 1) instead, and the logit of r / 2 for the
+    power's r2, from the same starts. Left out: the code's optional kernel that multiplies logits,
+    and its untrained ALiBi form (`ALiBi`).
 
-    Every distance is defined; the log form extrapolates best in the paper. Not causal, it is
-    symmetric. Tested against a transcription of the official code.
+    Every distance is defined; the log form extrapolates best in the paper. Without causal attention
+    it is symmetric. Tested against a transcription of the official code.
 
     Args:
         kind: "log" or "power".
         positivity: how r1 and r2 stay above 0.
-        share_layers: one pair for all layers, as in the official code; else one in each layer.
+        share_layers: one pair for all layers, as in the official code, or one in each layer.
 
     References:
         Chi, Fan, Ramadge, Rudnicky, KERPLE: Kernelized Relative Positional Embedding for Length
@@ -109,26 +106,17 @@ class KERPLE(PositionEncoding):
         """A power of the distance."""
         return cls(kind="power")
 
-    def shared(self, sizes):
-        """r1 and r2 of all layers; None where each layer has its own."""
-        return self._parameters(sizes.heads) if self.share_layers else None
-
-    def bias(self, query, key, shared=None):
-        """The bias for query's heads."""
-        if self.share_layers:
-            check_shared("KERPLE", shared)
-        params = shared if self.share_layers else self._parameters(query.x.shape[2])
-        return RelativeBias(
-            KernelDistance(self.kind), params, query.indices, key.indices, distance_only=True
-        )
+    def function(self, heads):
+        """The kernel."""
+        return OfDistance(KernelDistance(self.kind))
 
     @nn.compact
-    def _parameters(self, heads: int) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-        """r1 and r2, within their ranges."""
-        of_log = self.kind == "log"
-        r1 = self._positive("r1", heads, 2.0 if of_log else 1.0, jnp.inf)
-        r2 = self._positive("r2", heads, *((1.0, jnp.inf) if of_log else (2.0, _GREATEST_POWER)))
-        return r1, r2
+    def parameters(self, sizes):
+        """r1 and r2 within their ranges, [N] each."""
+        is_log = self.kind == "log"
+        r1 = self._positive("r1", sizes.heads, 2.0 if is_log else 1.0, jnp.inf)
+        ends = (1.0, jnp.inf) if is_log else (2.0, _GREATEST_POWER)
+        return r1, self._positive("r2", sizes.heads, *ends)
 
     def _positive(self, name: str, heads: int, width: float, high: float) -> Float[Array, "N"]:
         """A parameter that starts from U(0, width) and stays above 0 and at most `high`."""

@@ -1,4 +1,4 @@
-"""Sandwich: the inner products of sinusoidal embeddings alone, added to the logits."""
+"""Sandwich: inner products of sinusoidal embeddings, added to the logits."""
 
 import dataclasses
 
@@ -6,58 +6,55 @@ import jax
 import jax.numpy as jnp
 
 from posjax.biases.products import sinusoid_frequencies
-from posjax.biases.relative import RelativeBias
-from posjax.encodings.base import PositionEncoding
-from posjax.types import Array, Float, Num, PyTree
+from posjax.encodings.distance import DistanceBias
+from posjax.types import Array, Float, Num
 
 __all__ = ["CosineSum", "Sandwich"]
 
 
 @dataclasses.dataclass(frozen=True)
 class CosineSum:
-    """(1 / ratio_n) sum_m cos((i - j) base^(-2m / width)), as a function for `RelativeBias`.
+    """(N / 8n) sum_m cos((i - j) base^(-2m / width)) for query position i and key position j.
 
-    i is the position of the query, j that of the key; m = 0 ... width / 2 - 1. Computed as a
-    product of the sinusoids of i and j, both taken relative to the first query, so that angles are
-    as exact as distances.
+    Computed as a product of the sinusoids of i and j, both relative to the first query, so that
+    angles are as exact as distances.
     """
 
-    ratios: tuple[float, ...]
+    heads: int
     width: int = 128
     base: float = 10_000.0
 
     def __call__(
-        self, params: PyTree, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]
+        self, params: None, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]
     ) -> Float[Array, "#B N T S"]:
-        """The bias in float32; `params` is not used."""
-        start = query_positions[:, :1]
-        waves = [self._waves(x - start) for x in (query_positions, key_positions)]
-        total = jnp.matmul(
-            waves[0], jnp.swapaxes(waves[1], 1, 2), precision=jax.lax.Precision.HIGHEST
-        )
-        return total[:, None] / jnp.asarray(self.ratios, jnp.float32)[None, :, None, None]
-
-    def _waves(self, distance: Num[Array, "#B T"]) -> Float[Array, "#B T E"]:
+        """The bias in float32."""
         frequencies = sinusoid_frequencies(self.width, self.base)[None, None, :]
-        distance = jax.lax.stop_gradient(distance.astype(jnp.float32))
-        angles = distance[:, :, None] * frequencies
-        return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1)
+
+        def waves(positions: Array) -> Array:
+            distance = (positions - query_positions[:, :1]).astype(jnp.float32)
+            angles = jax.lax.stop_gradient(distance)[:, :, None] * frequencies
+            return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1)
+
+        query, key = waves(query_positions), jnp.swapaxes(waves(key_positions), 1, 2)
+        total = jnp.matmul(query, key, precision=jax.lax.Precision.HIGHEST)
+        ratios = [8 * head / self.heads for head in range(1, self.heads + 1)]
+        return total[:, None] / jnp.asarray(ratios, jnp.float32)[None, :, None, None]
 
 
-class Sandwich(PositionEncoding):
+class Sandwich(DistanceBias):
     """Adds the product of two positions' sinusoidal embeddings, compressed for each head.
 
         logit_ij = H^-0.5 q_i . k_j + (N / 8n) sum_m cos((i - j) base^(-2m / width))
                                                       head n = 1 ... N,  m = 0 ... width / 2 - 1
 
-    This is what remains of logits of embeddings with sinusoids when the cross terms of content and
-    position are dropped. The same in every layer, not trained, not multiplied by the attention's
-    scale. `width` has nothing to do with the model's. NVIDIA NeMo counts m = 1 ... width / 2 and
-    subtracts width / 2, which softmax does not notice.
+    The logits of embeddings with sinusoids, without the cross terms of content and position. It is
+    the same in every layer, not trained, and not multiplied by the attention's scale. `width` has
+    nothing to do with the model's. NVIDIA NeMo counts m = 1 ... width / 2 and subtracts width / 2,
+    which softmax does not notice.
 
     Every distance is defined: the sum falls roughly with its logarithm (it oscillates a little).
-    Not causal, it is symmetric. Tested against a transcription of the formula and of the product of
-    embeddings.
+    Without causal attention it is symmetric. Tested against a transcription of the formula and of
+    the product of embeddings.
 
     Args:
         width: d-bar of the paper, twice the number of cosines; even and at least 2.
@@ -84,9 +81,6 @@ class Sandwich(PositionEncoding):
             raise ValueError(f"Sandwich base is {self.base}; it must be greater than 1.")
         super().__post_init__()
 
-    def bias(self, query, key, shared=None):
-        """The bias for query's heads."""
-        heads = query.x.shape[2]
-        ratios = tuple(8 * head / heads for head in range(1, heads + 1))
-        function = CosineSum(ratios, self.width, self.base)
-        return RelativeBias(function, None, query.indices, key.indices, distance_only=True)
+    def function(self, heads):
+        """The sum of cosines."""
+        return CosineSum(heads, self.width, self.base)

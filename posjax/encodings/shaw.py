@@ -23,13 +23,13 @@ class Shaw(PositionEncoding):
     to cost little; it is Hugging Face's "relative_key", and with a large `max_distance` the learned
     relative logits that CoPE's official code has beside CoPE ("cope+shaw.keys").
 
-    All keys further away than k are alike. Fractions of a position are interpolated. Tested live
-    against Hugging Face's Wav2Vec2-BERT (keys), and against loops over the formula (values).
+    All keys further away than k are alike. Fractions of a position are interpolated. Tested
+    against Hugging Face's Wav2Vec2-BERT (keys) and against loops over the formula (values).
 
     Args:
         max_distance: k; at least 1. 16 is the paper's.
         with_values: whether values get vectors too.
-        per_head: tables [N, 2k + 1, H], a row for each head, instead of shared ones.
+        per_head: whether each head has its own tables, [N, 2k + 1, H].
 
     References:
         Shaw, Uszkoreit, Vaswani, Self-Attention with Relative Position Representations,
@@ -60,7 +60,7 @@ class Shaw(PositionEncoding):
 
     @nn.compact
     def bias(self, query, key, shared=None):
-        """What is added to logits and to values."""
+        """The tables at the clipped relative positions."""
         heads, size = query.x.shape[2:]
         shape = (2 * self.max_distance + 1, size)
         shape = (heads, *shape) if self.per_head else shape

@@ -1,4 +1,4 @@
-"""T5's relative bias: a trained number for each head and bucket of distances, on the logits."""
+"""T5's relative bias: a trained number for each head and bucket of distances."""
 
 import dataclasses
 import functools
@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.biases.relative import RelativeBias
-from posjax.encodings.base import PositionEncoding
-from posjax.types import Array, Float, Int, Num, PyTree
+from posjax.encodings.distance import DistanceBias, OfDistance
+from posjax.types import Array, Float, Int, Num
 
-__all__ = ["T5", "BucketTable", "check_shared", "t5_buckets"]
+__all__ = ["T5", "BucketTable", "t5_buckets"]
 
 
 def t5_buckets(
@@ -25,19 +24,19 @@ def t5_buckets(
     """The bucket of each relative position: near ones one by one, far ones in growing steps.
 
         causal:        n = num_buckets,      a = max(-relative, 0)
-        bidirectional: n = num_buckets / 2,  a = |relative|;  n is added where relative > 0
-        bucket = a                                                   where a < e = floor(n / 2)
+        bidirectional: n = num_buckets / 2,  a = |relative|;  n is added if relative > 0
+        bucket = a                                                      if a < e = floor(n / 2)
                  min(e + floor(log(a / e) / log(max_distance / e) * (n - e)), n - 1)       else
 
-    The edges of the buckets are found in whole numbers, once, so all devices agree. Published code
-    takes the logarithm in float32, where rounding can put a distance that lies exactly on an edge
-    into the bucket below.
+    The edges of the buckets are computed once, in whole numbers, so all devices agree. Published
+    code takes the logarithm in float32, whose rounding can put a distance that lies exactly on an
+    edge into the bucket below.
 
     Args:
         relative: position of the key minus position of the query; fractions are rounded.
         num_buckets: at least 2; bidirectional at least 4 and even.
-        max_distance: greater than e; from here on all share the last bucket (with the causal
-            defaults from 113 on).
+        max_distance: greater than e; all distances from here on share the last bucket (from 113 on
+            with the causal defaults).
 
     Raises:
         ValueError: settings outside these ranges.
@@ -52,27 +51,23 @@ def t5_buckets(
 
 @dataclasses.dataclass(frozen=True)
 class BucketTable:
-    """table[bucket(key position - query position)], as a function for `RelativeBias`."""
+    """table[bucket(-distance)] for each head."""
 
     num_buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = False
 
     def __call__(
-        self,
-        table: Float[Array, "P N"],
-        query_positions: Num[Array, "#B T"],
-        key_positions: Num[Array, "#B S"],
+        self, table: Float[Array, "P N"], distance: Num[Array, "#B 1 T S"]
     ) -> Float[Array, "#B N T S"]:
         """The bias in float32."""
         buckets = _all_buckets(self.num_buckets, self.max_distance, self.bidirectional)
         by_distance = table.astype(jnp.float32)[buckets]
-        relative = key_positions[:, None, :] - query_positions[:, :, None]
-        index = _place(relative, self.max_distance)
+        index = _place(-distance[:, 0], self.max_distance)
         return jnp.moveaxis(by_distance.at[index].get(mode="promise_in_bounds"), -1, 1)
 
 
-class T5(PositionEncoding):
+class T5(DistanceBias):
     """Adds a trained number to the logits for each head and bucket of distances (`t5_buckets`).
 
         logit_ij = H^-0.5 q_i . k_j + table[bucket(j - i), n]
@@ -82,15 +77,16 @@ class T5(PositionEncoding):
     normal with `initial_deviation` at the start.
 
     Every length is defined; far keys share the last bucket, so attention spreads thinner over
-    longer contexts. Tested live against Hugging Face's buckets. Fractional distances are rounded.
+    longer contexts. Fractional distances are rounded. Tested against Hugging Face's buckets.
 
     Args:
         num_buckets: at least 2; bidirectional at least 4 and even.
         max_distance: distances from about here on share the last bucket.
-        bidirectional: half of the buckets for keys after the query; else all of those share bucket
-            0, which is right for causal attention.
-        share_layers: one table for all layers, as in T5; else one in each layer.
-        initial_deviation: standard deviation of the table at the start; D^-0.5 in Hugging Face's.
+        bidirectional: whether half of the buckets are for keys after the query; if not, all of
+            those share bucket 0, which is right for causal attention.
+        share_layers: one table for all layers, as in T5, or one in each layer.
+        initial_deviation: standard deviation of the table at the start; D^-0.5 in Hugging Face's
+            code.
 
     References:
         Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
@@ -127,33 +123,19 @@ class T5(PositionEncoding):
         """Keys on both sides, as in T5's encoder."""
         return cls(bidirectional=True)
 
-    def shared(self, sizes):
-        """The table of all layers, [num_buckets, N]; None where each layer has its own."""
-        return self._table(sizes.heads) if self.share_layers else None
-
-    def bias(self, query, key, shared=None):
-        """The bias for query's heads."""
-        if self.share_layers:
-            check_shared("T5", shared)
-        table = shared if self.share_layers else self._table(query.x.shape[2])
-        function = BucketTable(self.num_buckets, self.max_distance, self.bidirectional)
-        return RelativeBias(function, table, query.indices, key.indices, distance_only=True)
+    def function(self, heads):
+        """The table at the buckets."""
+        return OfDistance(BucketTable(self.num_buckets, self.max_distance, self.bidirectional))
 
     @nn.compact
-    def _table(self, heads: int) -> Float[Array, "P N"]:
+    def parameters(self, sizes):
+        """The table, [num_buckets, N]."""
         start = nn.initializers.normal(self.initial_deviation)
-        return self.param("table", start, (self.num_buckets, heads), jnp.float32)
-
-
-def check_shared(name: str, shared: PyTree) -> None:
-    """Raises ValueError where the parameters of all layers were not handed to `bias`."""
-    if shared is None:
-        wanted = "hand over what `shared` returned, or set share_layers=False"
-        raise ValueError(f"{name} has share_layers=True, but shared is None; {wanted}.")
+        return self.param("table", start, (self.num_buckets, sizes.heads), jnp.float32)
 
 
 def _place(relative: Array, max_distance: int) -> Int[Array, "*shape"]:
-    """Where a relative position stands in `_all_buckets`."""
+    """The index of a relative position in `_all_buckets`."""
     if not jnp.issubdtype(relative.dtype, jnp.integer):
         relative = jnp.round(jnp.clip(relative, -max_distance, max_distance)).astype(jnp.int32)
     return jnp.clip(relative, -max_distance, max_distance) + max_distance

@@ -1,4 +1,4 @@
-"""Transformer-XL's relative positions: queries look at projected sinusoids of the distance."""
+"""Transformer-XL's relative positions: queries times projected sinusoids of the distance."""
 
 from typing import Self
 
@@ -7,34 +7,34 @@ import jax
 import jax.numpy as jnp
 
 from posjax.biases.products import SinusoidBias
-from posjax.encodings.base import PositionEncoding
-from posjax.encodings.t5 import check_shared
+from posjax.encodings.distance import TrainedBias
 from posjax.types import Array, Float
 
 __all__ = ["TransformerXL"]
 
 
-class TransformerXL(PositionEncoding):
+class TransformerXL(TrainedBias):
     """Adds a product of the query and a projected sinusoid of the distance to the logits.
 
         logit_ij = H^-0.5 ((q_i + u_n) . k_j + (q_i + v_n) . kernel_n^T R_{i-j})
-        R_d      = (sin(d w_0), ..., cos(d w_0), ...)        w_m = base^(-2m / width), width of them
+        R_d      = (sin(d w_0), ..., cos(d w_0), ...)      w_m = base^(-2m / width), m < width / 2
 
     The pure form is `posjax.SinusoidBias`. Parameters of each layer, float32: kernel
     [width, N, H], content_bias u and position_bias v [N, H]; all normal with deviation 0.02 at the
     start, as in the official code. That trains one u and v for all layers (`untie_r=False`, and
-    always in PyTorch) or, in its published TensorFlow scripts, one pair in each; the projection
-    is always of the layer: `TransformerXL.tied()` and the default. Its recurrence of segments is a
-    matter of the cache, and its optional `clamp_len` (a cap on distances) is left out.
+    always in PyTorch), which is `TransformerXL.tied()`, or, in its published TensorFlow scripts,
+    one pair in each layer, the default here; each layer always has its own projection. Its
+    recurrence of segments is a matter of the cache, and its optional `clamp_len` (a cap on
+    distances) is left out.
 
-    Every distance is defined, but sinusoids at distances beyond the trained ones have not been
-    seen. Without causal attention R of negative distances is used (Ruoss et al. and XLNet do so).
-    Tested live against Hugging Face's XLNet, in both directions.
+    Every distance is defined, but sinusoids at distances beyond the trained ones are new to the
+    model. Without causal attention R of negative distances is used, as by Ruoss et al. and XLNet.
+    Tested against Hugging Face's XLNet, in both directions.
 
     Args:
         width: numbers in R, even; None for N * H, which is the paper's model width.
         base: of the frequencies; greater than 1.
-        share_layers: one u and v for all layers.
+        share_layers: one u and v for all layers, or one pair in each layer.
         initial_deviation: standard deviation of all parameters at the start.
 
     References:
@@ -69,19 +69,18 @@ class TransformerXL(PositionEncoding):
         """One u and v for all layers."""
         return cls(share_layers=True)
 
-    def shared(self, sizes):
-        """The u and v of all layers; None where each layer has its own."""
-        return self._biases(sizes.heads, sizes.head_size) if self.share_layers else None
+    def parameters(self, sizes):
+        """The biases u and v, [N, H] each."""
+        shape = (sizes.heads, sizes.head_size)
+        return self._trained("content_bias", shape), self._trained("position_bias", shape)
 
     def bias(self, query, key, shared=None):
-        """The terms that the logit has beside the product of query and key."""
+        """All terms of the logit but the product of query and key."""
         heads, size = query.x.shape[2:]
         width = heads * size if self.width is None else self.width
         if width % 2:
             raise ValueError(f"TransformerXL width is N * H = {width} here; set an even `width`.")
-        if self.share_layers:
-            check_shared("TransformerXL", shared)
-        u, v = shared if self.share_layers else self._biases(heads, size)
+        u, v = self.parameters_of_layer(query, key, shared)
         return SinusoidBias(
             kernel=self._trained("kernel", (width, heads, size)),
             query_bias=v,
@@ -90,10 +89,6 @@ class TransformerXL(PositionEncoding):
             key_positions=key.indices,
             base=self.base,
         )
-
-    def _biases(self, heads: int, size: int) -> tuple[Float[Array, "N H"], Float[Array, "N H"]]:
-        shape = (heads, size)
-        return self._trained("content_bias", shape), self._trained("position_bias", shape)
 
     @nn.compact
     def _trained(self, name: str, shape: tuple[int, ...]) -> Array:

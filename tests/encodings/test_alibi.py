@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from posjax import dot_product_attention
 from posjax.encodings import ALiBi
-from posjax.encodings.alibi import LinearDistance, alibi_slopes
+from posjax.encodings.alibi import alibi_slopes
+from posjax.encodings.base import Side
 
 
 def bias_of(heads, query_positions, key_positions, encoding=None):
-    query = jnp.zeros((1, query_positions.shape[1], heads, 4))
-    key = jnp.zeros((1, key_positions.shape[1], 1, 4))
-    places = query_positions, key_positions
-    encoding = ALiBi() if encoding is None else encoding
-    bias = encoding.apply({}, query, key, key, *places, method="bias")
-    return bias.dense(query, key, scale=1.0, allowed=None, query_positions=None, key_positions=None)
+    query = Side(jnp.zeros((1, query_positions.shape[1], heads, 4)), query_positions)
+    key = Side(jnp.zeros((1, key_positions.shape[1], 1, 4)), key_positions)
+    bias = (encoding or ALiBi()).apply({}, query, key, method="bias")
+    settings = {"query_positions": None, "key_positions": None}
+    return bias.dense(query.x, key.x, scale=1.0, allowed=None, **settings)
 
 
 def test_slopes_by_hand():
@@ -58,18 +58,19 @@ def test_large_distances_are_exact():
 
 
 def test_has_no_parameters_and_equal_ones_compile_once():
-    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
-    assert ALiBi().init(jax.random.key(0), x, x, x, places, places, method="bias") == {}
-    assert LinearDistance(alibi_slopes(2)) == LinearDistance(alibi_slopes(2))
-    bias = ALiBi().apply({}, x, x, x, places, places, method="bias")
-    assert not [x for x in jax.tree.leaves(bias) if jnp.issubdtype(x.dtype, jnp.floating)]
+    side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
+    assert ALiBi().init(jax.random.key(0), side, side, method="bias") == {}
+    one, other = (ALiBi().apply({}, side, side, method="bias") for _ in range(2))
+    assert one.function == other.function
+    assert hash(one.function) == hash(other.function)
+    assert not [x for x in jax.tree.leaves(one) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
 def test_the_official_form_gives_the_same_attention():
     """slope * j instead of -slope * (i - j) shifts each row, which softmax does not notice."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 4, 8))
     places = jnp.arange(6)[None]
-    bias = ALiBi().apply({}, q, k, v, places, places, method="bias")
+    bias = ALiBi().apply({}, Side(q, places), Side(k, places), method="bias")
     slopes = jnp.array(alibi_slopes(4))[None, :, None, None]
     official = jnp.broadcast_to(slopes * jnp.arange(6.0)[None, None, None, :], (1, 4, 6, 6))
     outputs = [dot_product_attention(q, k, v, b, is_causal=True) for b in (bias, official)]

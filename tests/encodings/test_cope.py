@@ -11,7 +11,7 @@ from flax.nnx import bridge
 
 from posjax import dot_product_attention
 from posjax.encodings import CoPE
-from posjax.encodings.base import PositionEncoding, Sizes
+from posjax.encodings.base import PositionEncoding, Side, Sizes
 from posjax.models import Transformer, TransformerConfig
 
 SIZE = 8
@@ -26,9 +26,10 @@ def attend(encoding: CoPE, variables=None, length=12, heads=4, kv_heads=2, imple
     index = jnp.broadcast_to(jnp.arange(length), (2, length))
 
     def call(module):
-        memory = module.remember(inputs, Sizes(heads, kv_heads, SIZE))
+        memory = module.cache(inputs, Sizes(heads, kv_heads, SIZE))
         shared = module.shared(Sizes(heads, kv_heads, SIZE))
-        bias = module.bias(query, key, value, index, index, memory, shared)
+        sides = Side(query, index, memory), Side(key, index, memory, value)
+        bias = module.bias(*sides, shared)
         return dot_product_attention(
             query, key, value, bias, is_causal=True, implementation=implementation
         )
@@ -139,7 +140,7 @@ def test_agrees_with_x_transformers(positions):
 
     def ours(query, key, value, table):
         bias = CoPE(num_positions=positions, gate_bias=0.0).apply(
-            {"params": {"table": table}}, query, key, value, None, None, method="bias"
+            {"params": {"table": table}}, Side(query, None), Side(key, None), method="bias"
         )
         return dot_product_attention(query, key, value, bias, is_causal=True, implementation="xla")
 
@@ -166,12 +167,9 @@ def test_agrees_with_x_transformers(positions):
 
 
 def test_a_shared_table_comes_from_outside():
-    x, index = jnp.ones((1, 3, 2, SIZE)), jnp.arange(3)[None]
-    table = jnp.ones((64, SIZE))
-    bias = CoPE(share_layers=True).apply({}, x, x, x, index, index, None, table, method="bias")
+    side, table = Side(jnp.ones((1, 3, 2, SIZE)), jnp.arange(3)[None]), jnp.ones((64, SIZE))
+    bias = CoPE(share_layers=True).apply({}, side, side, table, method="bias")
     assert bias.table is table
-    with pytest.raises(ValueError, match="share_layers=True, but shared is None"):
-        CoPE(share_layers=True).apply({}, x, x, x, index, index, method="bias")
 
 
 def test_every_third_layer():

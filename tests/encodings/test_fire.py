@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 
 from posjax.encodings import FIRE
-from posjax.encodings.base import Sizes
+from posjax.encodings.base import Side, Sizes
 from posjax.encodings.fire import InterpolatedDistance
 
 HEADS = 3
 
 
 def random_params(encoding, seed=0):
-    start = encoding.init_with_output(
-        jax.random.key(0), jnp.zeros((1, 1, HEADS, 4)), *[jnp.zeros((1, 1, 1, 4))] * 2,
-        *[jnp.zeros((1, 1), jnp.int32)] * 2, method="bias",
-    )[1]["params"]  # fmt: skip
+    side = Side(jnp.zeros((1, 1, HEADS, 4)), jnp.zeros((1, 1), jnp.int32))
+    own = encoding.clone(share_layers=False)
+    start = own.init(jax.random.key(0), side, side, method="bias")["params"]
     leaves, tree = jax.tree.flatten(start)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     random = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -39,15 +38,15 @@ def listing(params, positions, initial_threshold):
 
 
 def bias_of(encoding, params, places):
-    query = jnp.zeros((1, places.shape[1], HEADS, 4))
+    x = jnp.zeros((1, places.shape[1], HEADS, 4))
     shared = encoding.apply({"params": params}, Sizes(HEADS, HEADS, 4), method="shared")
-    bias = encoding.apply(
-        {"params": params}, query, query, query, places, places, None, shared, method="bias"
-    )
-    return bias.dense(query, query, scale=1, allowed=None, query_positions=None, key_positions=None)
+    sides = [Side(x, places)] * 2
+    bias = encoding.apply({"params": params}, *sides, shared, method="bias")
+    assert not bias.distance_only
+    return bias.dense(x, x, scale=1, allowed=None, query_positions=None, key_positions=None)
 
 
-@pytest.mark.parametrize("settings", [{}, {"hidden_layers": 2}, {"hidden_layers": 3}])
+@pytest.mark.parametrize("settings", [{}, {"hidden_layers": 3}, {"share_layers": True}])
 @pytest.mark.parametrize("threshold", [5.0, 512.0])
 def test_equals_a_transcription_of_the_listing(settings, threshold):
     encoding = FIRE(hidden_width=8, initial_threshold=threshold, **settings)
@@ -79,8 +78,8 @@ def test_gradients_against_the_transcription(threshold):
 
 def test_starts_as_the_listing_does():
     encoding = FIRE(hidden_width=4000)
-    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
-    params = encoding.init(jax.random.key(0), x, x, x, places, places, method="bias")["params"]
+    side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
+    params = encoding.init(jax.random.key(0), side, side, method="bias")["params"]
     assert (params["c"], params["threshold"]) == (jnp.float32(0.1), 1.0)
     for layer, bound in ((0, 1.0), (1, 4000**-0.5)):
         kernel = params[f"kernel_{layer}"]
@@ -116,22 +115,13 @@ def test_keys_after_the_query():
 
 
 def test_one_network_for_all_layers_or_one_in_each():
-    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
+    side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
     assert FIRE().init(jax.random.key(0), Sizes(2, 2, 4), method="shared") == {}
     variables = FIRE.shared_layers().init(jax.random.key(0), Sizes(2, 2, 4), method="shared")
     assert variables["params"]["kernel_1"].shape == (32, 2)
     assert sum(x.size for x in jax.tree.leaves(variables)) == 64 + 33 * 2 + 2
-    two = FIRE.two_hidden().init(jax.random.key(0), x, x, x, places, places, method="bias")
+    two = FIRE.two_hidden().init(jax.random.key(0), side, side, method="bias")
     assert two["params"]["kernel_1"].shape == (32, 32)
-    with pytest.raises(ValueError, match="FIRE has share_layers=True, but shared is None"):
-        FIRE.shared_layers().apply(variables, x, x, x, places, places, method="bias")
-
-
-def test_shared_parameters_are_used():
-    encoding = FIRE(share_layers=True, hidden_width=4)
-    params, places = random_params(FIRE(hidden_width=4)), [0, 3, 7]
-    bias = bias_of(encoding, params, jnp.array([places]))
-    np.testing.assert_allclose(bias[0], listing(params, places, 512.0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

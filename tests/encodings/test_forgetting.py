@@ -34,16 +34,16 @@ def test_equals_the_official_plain_form(implementation):
 
 def test_gates_are_a_linear_map_of_the_inputs():
     encoding = Forgetting()
-    variables = encoding.init(jax.random.key(0), X, SIZES, method="remember")
+    variables = encoding.init(jax.random.key(0), X, SIZES, method="cache")
     params = variables["params"]
     assert jax.tree.map(jnp.shape, params) == {"kernel": (5, 3), "bias": (3,)}
     assert not params["bias"].any()
     wide = Forgetting(initial_deviation=0.5).init(
-        jax.random.key(0), jnp.ones((1, 1, 4000)), SIZES, method="remember"
+        jax.random.key(0), jnp.ones((1, 1, 4000)), SIZES, method="cache"
     )
     np.testing.assert_allclose(jnp.std(wide["params"]["kernel"]), 0.5, rtol=0.05)
     params = {"kernel": params["kernel"] * 50, "bias": jnp.array([1.0, 0.0, -1.0])}
-    gates = encoding.apply({"params": params}, X, SIZES, method="remember")
+    gates = encoding.apply({"params": params}, X, SIZES, method="cache")
     kernel, shift = (np.asarray(params[name]) for name in ("kernel", "bias"))
     want = np.log(1 / (1 + np.exp(-(np.asarray(X) @ kernel + shift))))
     np.testing.assert_allclose(gates, want, atol=1e-5)
@@ -56,13 +56,13 @@ def test_decay_times_are_when_a_key_has_faded_to_one_over_e():
 
 def test_gates_that_look_at_nothing():
     trained = Forgetting(gate="bias_only", decay_times=(2.0, 50.0))
-    variables = trained.init(jax.random.key(0), X, SIZES, method="remember")
+    variables = trained.init(jax.random.key(0), X, SIZES, method="cache")
     want = bias_for_decay_times(3, 2.0, 50.0)
     assert list(variables["params"]) == ["bias"]
     np.testing.assert_array_equal(variables["params"]["bias"], want)
-    gates = Forgetting(gate="fixed", decay_times=(2.0, 50.0)).apply({}, X, SIZES, method="remember")
+    gates = Forgetting(gate="fixed", decay_times=(2.0, 50.0)).apply({}, X, SIZES, method="cache")
     np.testing.assert_allclose(gates[1, 3], jax.nn.log_sigmoid(want))
-    np.testing.assert_array_equal(gates, trained.apply(variables, X, SIZES, method="remember"))
+    np.testing.assert_array_equal(gates, trained.apply(variables, X, SIZES, method="cache"))
 
 
 def test_a_gate_of_zero_separates_and_gates_of_one_are_nope():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from posjax.encodings import Huang
+from posjax.encodings.base import Side
 from posjax.positions import LengthError
 
 LENGTH, HEADS, KV_HEADS, SIZE, FAR = 7, 4, 2, 3, 4
@@ -26,8 +27,8 @@ def params_of(method, per_head=False):
 
 
 def bias_of(encoding, params, places):
-    variables = {"params": params}
-    bias = encoding.apply(variables, QUERY, KEY, KEY, places, places, method="bias")
+    sides = Side(QUERY, places), Side(KEY, places)
+    bias = encoding.apply({"params": params}, *sides, method="bias")
     settings = {"scale": SIZE**-0.5, "allowed": None}
     return bias.dense(QUERY, KEY, **settings, query_positions=places, key_positions=places)
 
@@ -84,10 +85,10 @@ def test_gradients_are_those_of_the_formula(method):
 
 @METHODS
 def test_starts(method):
-    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
+    side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
     encoding = getattr(Huang, f"m{method}")()
     assert encoding == Huang(method=method)
-    params = encoding.init(jax.random.key(0), x, x, x, places, places, method="bias")["params"]
+    params = encoding.init(jax.random.key(0), side, side, method="bias")["params"]
     ((name, table),) = params.items()
     shape = {1: (2, 512), 2: (2, 1023), 3: (1023, 4), 4: (1023, 4)}[method]
     assert (name, table.shape) == ("table" if method == 4 else "multipliers", shape)

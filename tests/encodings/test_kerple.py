@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from posjax.encodings import KERPLE
-from posjax.encodings.base import Sizes
+from posjax.encodings.base import Side, Sizes
+from posjax.encodings.distance import OfDistance
 from posjax.encodings.kerple import KernelDistance, keep_within
 
 PLACES = jnp.array([[0, 1, 5, 30, 200]])
@@ -27,11 +28,16 @@ def official(kind, r1, r2, length):
 
 
 def bias_of(encoding, params, places):
-    query, key = jnp.zeros((1, places.shape[1], 2, 4)), jnp.zeros((1, places.shape[1], 1, 4))
+    query, key = (Side(jnp.zeros((1, places.shape[1], heads, 4)), places) for heads in (2, 1))
     variables = {"params": params}
     shared = encoding.apply(variables, Sizes(2, 1, 4), method="shared")
-    bias = encoding.apply(variables, query, key, key, places, places, None, shared, method="bias")
-    return bias.dense(query, key, scale=1.0, allowed=None, query_positions=None, key_positions=None)
+    bias = encoding.apply(variables, query, key, shared, method="bias")
+    settings = {"query_positions": None, "key_positions": None}
+    return bias.dense(query.x, key.x, scale=1.0, allowed=None, **settings)
+
+
+def kernel_of(kind, places):
+    return OfDistance(KernelDistance(kind))((R1, R2), places, places)
 
 
 @pytest.mark.parametrize("share_layers", [False, True])
@@ -48,8 +54,9 @@ def test_equals_a_transcription_of_the_official_code(kind, share_layers, r2):
 def test_gradients_against_finite_differences(kind):
     """At distance 0 too, where the derivative of 0^r must not be 0 * log(0)."""
     function, weights = KernelDistance(kind), jax.random.normal(jax.random.key(0), (1, 2, 5, 5))
-    near = jnp.array([[0, 1, 3, 4, 9]])
-    loss = jax.jit(lambda r1, r2: jnp.sum(function((r1, r2), near, near) * weights))
+    near = jnp.array([0, 1, 3, 4, 9])
+    distance = (near[:, None] - near[None, :])[None, None]
+    loss = jax.jit(lambda r1, r2: jnp.sum(function((r1, r2), distance) * weights))
     grads = jax.grad(loss, argnums=(0, 1))(R1, R2)
     for index, grad in enumerate(grads):
         for head in range(2):
@@ -65,9 +72,9 @@ def test_gradients_against_finite_differences(kind):
 def test_fractional_positions_get_no_gradient(kind):
     """That of |i - j|^0.3 would be infinite at 0."""
     places = PLACES / 4
-    run = jax.jit(lambda p: jnp.sum(KernelDistance(kind)((R1, R2), p, p)))
+    run = jax.jit(lambda places: jnp.sum(kernel_of(kind, places)))
     assert not jax.grad(run)(places).any()
-    bias = KernelDistance(kind)((R1, R2), places, places)[0, 0, -1]
+    bias = kernel_of(kind, places)[0, 0, -1]
     distance = np.asarray(200 - PLACES[0]) / 4
     want = np.log(1 + 0.3 * distance) if kind == "log" else distance**0.3
     np.testing.assert_allclose(bias, -0.7 * want, rtol=1e-5)
@@ -106,26 +113,24 @@ def test_softplus_keeps_any_parameter_in_range():
 
 @pytest.mark.parametrize("kind", ["log", "power"])
 def test_depends_on_the_distance_only(kind):
-    run = jax.jit(lambda places: KernelDistance(kind)((R1, R2), places, places))
+    run = jax.jit(lambda places: kernel_of(kind, places))
     for shift in (-(2**20), 1, 2**20):
         np.testing.assert_array_equal(run(PLACES), run(PLACES + shift))
 
 
 def test_falls_with_every_distance_beyond_the_trained_one():
     for kind in ("log", "power"):
-        last = KernelDistance(kind)((R1, R2), PLACES, PLACES)[0, :, -1]
+        last = kernel_of(kind, PLACES)[0, :, -1]
         assert (jnp.diff(last) > 0).all()
 
 
 def test_one_pair_for_all_layers_or_one_in_each():
-    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
+    side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
     own = KERPLE(share_layers=False)
     assert own.init(jax.random.key(0), Sizes(2, 2, 4), method="shared") == {}
-    variables = own.init(jax.random.key(0), x, x, x, places, places, method="bias")
+    variables = own.init(jax.random.key(0), side, side, method="bias")
     assert jax.tree.map(jnp.shape, variables) == {"params": {"r1": (2,), "r2": (2,)}}
     assert KERPLE.power() == KERPLE(kind="power")
-    with pytest.raises(ValueError, match="KERPLE has share_layers=True, but shared is None"):
-        KERPLE().apply(variables, x, x, x, places, places, method="bias")
 
 
 @pytest.mark.parametrize("field", ["kind", "positivity"])

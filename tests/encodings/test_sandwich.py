@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 from posjax.encodings import Sandwich
+from posjax.encodings.base import Side
 from posjax.encodings.sandwich import CosineSum
 
 PLACES = jnp.array([[0, 1, 5, 30, 200]])
 
 
 def bias_of(encoding, heads, places):
-    query = jnp.zeros((1, places.shape[1], heads, 4))
-    bias = encoding.apply({}, query, query, query, places, places, method="bias")
-    return bias.dense(query, query, scale=1, allowed=None, query_positions=None, key_positions=None)
+    x = jnp.zeros((1, places.shape[1], heads, 4))
+    bias = encoding.apply({}, Side(x, places), Side(x, places), method="bias")
+    return bias.dense(x, x, scale=1, allowed=None, query_positions=None, key_positions=None)
 
 
 def embeddings(positions, width, base):
@@ -42,7 +43,7 @@ def test_nemo_differs_by_its_frequencies_and_a_constant():
     distance = places[:, None] - places[None, :]
     counts = np.arange(1, width / 2 + 1)
     nemo = np.sum(np.cos(distance[:, :, None] * 10_000.0 ** (-2 * counts / width)), axis=2)
-    ours = np.asarray(CosineSum((1.0,), width)(None, *[jnp.asarray(places)[None]] * 2)[0, 0])
+    ours = 8 * np.asarray(CosineSum(1, width)(None, *[jnp.asarray(places)[None]] * 2)[0, 0])
     np.testing.assert_allclose(
         nemo + np.cos(distance) - np.cos(distance / 10_000.0), ours, rtol=1e-4, atol=1e-5
     )
@@ -65,8 +66,8 @@ def test_is_greatest_at_the_query_and_falls_far_beyond():
 
 
 def test_has_no_parameters():
-    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
-    assert Sandwich().init(jax.random.key(0), x, x, x, places, places, method="bias") == {}
+    side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
+    assert Sandwich().init(jax.random.key(0), side, side, method="bias") == {}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 
 from posjax import dot_product_attention
 from posjax.encodings import Shaw
+from posjax.encodings.base import Side
 
 LENGTH, HEADS, SIZE = 9, 2, 4
 
@@ -18,7 +19,8 @@ TABLES = {"key_table": normal(1, 7, SIZE), "value_table": normal(2, 7, SIZE)}
 
 
 def output_of(encoding, tables, places, **settings):
-    bias = encoding.apply({"params": tables}, QUERY, KEY, VALUE, places, places, method="bias")
+    sides = Side(QUERY, places), Side(KEY, places)
+    bias = encoding.apply({"params": tables}, *sides, method="bias")
     return dot_product_attention(QUERY, KEY, VALUE, bias, **settings)
 
 
@@ -104,15 +106,15 @@ def test_all_further_keys_are_alike():
 
 @pytest.mark.parametrize("per_head", [False, True])
 def test_initial_values(per_head):
-    encoding, places = Shaw(max_distance=200, per_head=per_head), jnp.arange(3)[None]
-    x = jnp.ones((1, 3, 2, 64))
-    tables = encoding.init(jax.random.key(0), x, x, x, places, places, method="bias")["params"]
+    encoding = Shaw(max_distance=200, per_head=per_head)
+    side = Side(jnp.ones((1, 3, 2, 64)), jnp.arange(3)[None])
+    tables = encoding.init(jax.random.key(0), side, side, method="bias")["params"]
     bound = (6 / (401 + 64)) ** 0.5
     for table in tables.values():
         assert table.shape == ((2, 401, 64) if per_head else (401, 64))
         assert 0.99 * bound < float(jnp.max(jnp.abs(table))) <= bound
         np.testing.assert_allclose(jnp.std(table), bound / 3**0.5, rtol=0.02)
-    keys = Shaw.keys().init(jax.random.key(0), x, x, x, places, places, method="bias")
+    keys = Shaw.keys().init(jax.random.key(0), side, side, method="bias")
     assert jax.tree.map(jnp.shape, keys) == {"params": {"key_table": (33, 64)}}
 
 

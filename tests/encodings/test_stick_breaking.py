@@ -74,5 +74,5 @@ def test_no_bias_can_be_added():
 
 
 def test_the_encoding_hands_its_setting_on():
-    bias = StickBreaking(attend_current=True).apply({}, *[None] * 5, method="bias")
+    bias = StickBreaking(attend_current=True).apply({}, None, None, method="bias")
     assert bias == StickBreakingBias(attend_current=True)

@@ -6,25 +6,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posjax.encodings import T5
-from posjax.encodings.base import Sizes
+from posjax.encodings.base import Side, Sizes
+from posjax.encodings.distance import OfDistance
 from posjax.encodings.t5 import BucketTable, t5_buckets
 
 PLACES = jnp.array([[0, 1, 5, 30, 200]])
 
 
 def bias_of(encoding, variables, heads, query_positions, key_positions):
-    query = jnp.zeros((1, query_positions.shape[1], heads, 4))
-    key = jnp.zeros((1, key_positions.shape[1], 1, 4))
-    places = query_positions, key_positions
+    query = Side(jnp.zeros((1, query_positions.shape[1], heads, 4)), query_positions)
+    key = Side(jnp.zeros((1, key_positions.shape[1], 1, 4)), key_positions)
     shared = encoding.apply(variables, Sizes(heads, 1, 4), method="shared")
-    bias = encoding.apply(variables, query, key, key, *places, None, shared, method="bias")
-    return bias.dense(query, key, scale=1.0, allowed=None, query_positions=None, key_positions=None)
+    bias = encoding.apply(variables, query, key, shared, method="bias")
+    settings = {"query_positions": None, "key_positions": None}
+    return bias.dense(query.x, key.x, scale=1.0, allowed=None, **settings)
 
 
 @pytest.mark.parametrize(
     ("distances", "bucket"),
     [
-        *(([a], a) for a in range(16)),
+        *(([a], a) for a in (0, 1, 14, 15)),
         ([16, 17, 18], 16),
         ([19, 20], 17),
         ([21], 18),
@@ -71,7 +72,7 @@ def test_fractions_are_rounded():
     assert t5_buckets(relative, bidirectional=True).tolist() == [15, 8, 8, 0, 0, 31]
     table = jnp.arange(64.0).reshape(32, 2)
     quarter = PLACES / 4
-    bias = BucketTable()(table, quarter, quarter)
+    bias = OfDistance(BucketTable())(table, quarter, quarter)
     distance = np.round(np.asarray(quarter)[0, -1] - np.asarray(quarter)[0])
     want = table[t5_buckets(-jnp.asarray(distance, jnp.int32))]
     np.testing.assert_array_equal(bias[0, :, -1], want.T)
@@ -115,31 +116,30 @@ def test_the_bias_is_the_table_at_the_buckets(bidirectional):
 
 @given(shift=st.integers(-(2**20), 2**20))
 def test_depends_on_the_distance_only(shift):
-    function = BucketTable()
+    function = OfDistance(BucketTable())
     table = jax.random.normal(jax.random.key(0), (32, 2))
     here = function(table, PLACES, PLACES)
     np.testing.assert_array_equal(here, function(table, PLACES + shift, PLACES + shift))
 
 
 def test_gradients_count_the_pairs_of_each_bucket():
-    places = jnp.arange(4)[None]
-    grads = jax.grad(lambda table: jnp.sum(BucketTable()(table, places, places)))(jnp.ones((32, 2)))
+    distance = jnp.arange(4)[:, None] - jnp.arange(4)[None, :]
+    total = lambda table: jnp.sum(BucketTable()(table, distance[None, None]))  # noqa: E731
+    grads = jax.grad(total)(jnp.ones((32, 2)))
     assert grads[:4].tolist() == [[10, 10], [3, 3], [2, 2], [1, 1]]  # 4 equal and 6 ahead
     assert not grads[4:].any()
 
 
 def test_one_table_for_all_layers_or_one_in_each():
-    x, places = jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None]
+    side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
     sizes = Sizes(2, 2, 4)
     shared = T5().init(jax.random.key(0), sizes, method="shared")
     assert jax.tree.map(jnp.shape, shared) == {"params": {"table": (32, 2)}}
     own = T5(share_layers=False, num_buckets=500, initial_deviation=0.3, max_distance=300)
     assert own.init(jax.random.key(0), sizes, method="shared") == {}
-    variables = own.init(jax.random.key(0), x, x, x, places, places, method="bias")
+    variables = own.init(jax.random.key(0), side, side, method="bias")
     assert jax.tree.map(jnp.shape, variables) == {"params": {"table": (500, 2)}}
     np.testing.assert_allclose(jnp.std(variables["params"]["table"]), 0.3, rtol=0.1)
-    with pytest.raises(ValueError, match="share_layers=True, but shared is None"):
-        T5().apply(shared, x, x, x, places, places, method="bias")
 
 
 @pytest.mark.parametrize(

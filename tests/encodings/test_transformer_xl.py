@@ -5,7 +5,7 @@ import pytest
 
 from posjax import dot_product_attention
 from posjax.encodings import TransformerXL
-from posjax.encodings.base import Sizes
+from posjax.encodings.base import Side, Sizes
 
 LENGTH, HEADS, SIZE = 7, 2, 4
 WIDTH = HEADS * SIZE
@@ -22,12 +22,14 @@ PARAMS = {
     "position_bias": normal(3, HEADS, SIZE),
 }
 PLACES = jnp.arange(LENGTH)[None]
+SIDES = Side(QUERY, PLACES), Side(KEY, PLACES)
 
 
 def bias_of(encoding, params, places=PLACES, key=KEY):
     variables = {"params": params}
     shared = encoding.apply(variables, Sizes(HEADS, key.shape[2], SIZE), method="shared")
-    return encoding.apply(variables, QUERY, key, key, places, places, None, shared, method="bias")
+    sides = Side(QUERY, places), Side(key, places)
+    return encoding.apply(variables, *sides, shared, method="bias")
 
 
 def dense(bias, key=KEY):
@@ -92,8 +94,8 @@ def test_grouped_heads_see_their_own_keys():
 
     @jax.jit
     def run(key):
-        encoding, places = TransformerXL(width=WIDTH), (PLACES, PLACES)
-        bias = encoding.apply({"params": params}, query, key, key, *places, method="bias")
+        sides = Side(query, PLACES), Side(key, PLACES)
+        bias = TransformerXL(width=WIDTH).apply({"params": params}, *sides, method="bias")
         settings = {"scale": 1.0, "allowed": None}
         return bias.dense(query, key, **settings, query_positions=None, key_positions=None)
 
@@ -134,27 +136,23 @@ def test_far_distances_still_differ():
 def test_initial_values():
     encoding = TransformerXL(width=500, initial_deviation=0.3)
     shapes = {"kernel": (500, 2, 4), "content_bias": (2, 4), "position_bias": (2, 4)}
-    arguments = QUERY, KEY, VALUE, PLACES, PLACES
-    params = encoding.init(jax.random.key(0), *arguments, method="bias")["params"]
+    params = encoding.init(jax.random.key(0), *SIDES, method="bias")["params"]
     assert jax.tree.map(jnp.shape, params) == shapes
     np.testing.assert_allclose(jnp.std(params["kernel"]), 0.3, rtol=0.05)
-    small = TransformerXL().init(jax.random.key(0), *arguments, method="bias")["params"]
+    small = TransformerXL().init(jax.random.key(0), *SIDES, method="bias")["params"]
     for leaf in jax.tree.leaves(small):
         assert 0.005 < float(jnp.std(leaf)) < 0.04
 
 
 def test_biases_of_all_layers_or_in_each():
-    arguments = QUERY, KEY, VALUE, PLACES, PLACES
     sizes = Sizes(HEADS, HEADS, SIZE)
     assert TransformerXL().init(jax.random.key(0), sizes, method="shared") == {}
     tied = TransformerXL.tied()
     variables = tied.init(jax.random.key(0), sizes, method="shared")
     assert set(variables["params"]) == {"content_bias", "position_bias"}
     pair = tied.apply(variables, sizes, method="shared")
-    own = tied.init(jax.random.key(0), *arguments, None, pair, method="bias")
+    own = tied.init(jax.random.key(0), *SIDES, pair, method="bias")
     assert set(own["params"]) == {"kernel"}
-    with pytest.raises(ValueError, match="TransformerXL has share_layers=True, but shared is None"):
-        tied.init(jax.random.key(0), *arguments, method="bias")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +170,6 @@ def test_bad_settings(settings, words):
 
 
 def test_an_odd_model_width_needs_a_width():
-    x = jnp.ones((1, 2, 1, 3))
+    side = Side(jnp.ones((1, 2, 1, 3)), PLACES[:, :2])
     with pytest.raises(ValueError, match=r"width is N \* H = 3 here; set an even `width`"):
-        TransformerXL().init(jax.random.key(0), x, x, x, *[PLACES[:, :2]] * 2, method="bias")
+        TransformerXL().init(jax.random.key(0), side, side, method="bias")
