@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from posjax import checks as checks
 from posjax.attention import dot_product_attention, explain
 from posjax.biases.base import ArrayBias, Bias
 from posjax.biases.contextual import ContextualBias

@@ -5,6 +5,7 @@ from typing import Self
 
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num, PyTree
@@ -91,9 +92,7 @@ class ALiBi(PositionEncoding):
     left_bonus: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.left_bonus < float("inf"):
-            wanted = "0 or more, and finite"
-            raise ValueError(f"ALiBi left_bonus is {self.left_bonus}; it must be {wanted}.")
+        checks.fields(self, left_bonus=checks.at_least(0))
         super().__post_init__()
 
     @classmethod

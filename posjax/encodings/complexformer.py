@@ -3,8 +3,9 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, check_pairs, turn
+from posjax.encodings.rope import Layout, check_pairs, turn
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Num
 
@@ -69,9 +70,7 @@ class CMHA(PositionEncoding):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"CMHA base is {self.base}; it must be greater than 1.")
-        check_layout("CMHA", self.layout)
+        checks.fields(self, base=checks.above(1))
         super().__post_init__()
 
     @nn.compact

@@ -5,8 +5,9 @@ from typing import Literal, Self
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, check_pairs, turn
+from posjax.encodings.rope import Layout, check_pairs, turn
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Num
 
@@ -63,13 +64,7 @@ class PRoPE(PositionEncoding):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"PRoPE base is {self.base}; it must be greater than 1.")
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"PRoPE fraction is {self.fraction}; it must be between 0 and 1.")
-        if self.pairs not in ("fast", "slow"):
-            raise ValueError(f'PRoPE pairs is {self.pairs!r}; it must be "fast" or "slow".')
-        check_layout("PRoPE", self.layout)
+        checks.fields(self, base=checks.above(1), fraction=checks.between(0, 1))
         super().__post_init__()
 
     @classmethod

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.frequencies import (
     DynamicNTK,
@@ -17,7 +18,7 @@ from posjax.frequencies import (
 )
 from posjax.types import Array, Float, Num
 
-__all__ = ["Layout", "RoPE", "check_layout", "check_pairs", "lengths", "rotate", "turn"]
+__all__ = ["Layout", "RoPE", "check_pairs", "lengths", "rotate", "turn"]
 
 Layout = Literal["half", "interleaved"]
 
@@ -147,14 +148,7 @@ class RoPE(PositionEncoding):
     scaling: Scaling | None = None
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"RoPE base is {self.base}; it must be greater than 1.")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"RoPE fraction is {self.fraction}; it must be above 0, at most 1.")
-        check_layout("RoPE", self.layout)
-        if not isinstance(self.scaling, Scaling | None):
-            wanted = "one of posjax.frequencies, such as Linear(factor=4.0), or None"
-            raise ValueError(f"RoPE scaling is {self.scaling!r}; it must be {wanted}.")
+        checks.fields(self, base=checks.above(1), fraction=checks.Limits(above=0, high=1))
         super().__post_init__()
 
     @classmethod
@@ -212,13 +206,7 @@ class RoPE(PositionEncoding):
         return rotate(query, query_indices, **settings), rotate(key, key_indices, **settings)
 
 
-def check_layout(name: str, layout: str) -> None:
-    """Raises ValueError for a layout that `turn` does not know."""
-    if layout not in ("half", "interleaved"):
-        raise ValueError(f'{name} layout is {layout!r}; it must be "half" or "interleaved".')
-
-
 def check_pairs(name: str, head_size: int) -> None:
     """Raises ValueError where the channels of a head do not come in pairs."""
-    if head_size % 2:
-        raise ValueError(f"{name} turns pairs of channels; head size {head_size} must be even.")
+    is_even = head_size % 2 == 0
+    checks.require(f"head size of {name}", head_size, is_even, "even, for pairs of channels")

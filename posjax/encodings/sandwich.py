@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.products import sinusoid_frequencies
 from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding
@@ -77,10 +78,8 @@ class Sandwich(PositionEncoding):
     base: float = 10_000.0
 
     def __post_init__(self):
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"Sandwich width is {self.width}; it must be even and at least 2.")
-        if not self.base > 1:
-            raise ValueError(f"Sandwich base is {self.base}; it must be greater than 1.")
+        width = checks.Limits(low=2, multiple_of=2)
+        checks.fields(self, width=width, base=checks.above(1))
         super().__post_init__()
 
     def bias(self, query, key, value, query_indices, key_indices, memory=None, shared=None):

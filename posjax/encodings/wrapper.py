@@ -14,12 +14,6 @@ class Wrapper(PositionEncoding):
 
     encoding: PositionEncoding
 
-    def __post_init__(self):
-        if not isinstance(self.encoding, PositionEncoding):
-            got = f"{type(self).__name__} encoding is {self.encoding!r}"
-            raise ValueError(f"{got}; it must be a PositionEncoding.")
-        super().__post_init__()
-
     @property
     def is_causal_only(self) -> bool:
         """As the encoding inside."""

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
-from posjax.encodings.rope import Layout, check_layout, check_pairs, lengths, turn
+from posjax.encodings.rope import Layout, check_pairs, lengths, turn
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Num
 
@@ -72,11 +73,7 @@ class XPos(PositionEncoding):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"XPos base is {self.base}; it must be greater than 1.")
-        if not self.scale_base > 0:
-            raise ValueError(f"XPos scale_base is {self.scale_base}; it must be above 0.")
-        check_layout("XPos", self.layout)
+        checks.fields(self, base=checks.above(1), scale_base=checks.above(0))
         super().__post_init__()
 
     def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
