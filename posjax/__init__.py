@@ -8,6 +8,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from posjax import checks as checks
 from posjax.attention import dot_product_attention as dot_product_attention
 from posjax.attention import explain as explain
 from posjax.biases.base import ArrayBias as ArrayBias

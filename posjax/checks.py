@@ -58,6 +58,8 @@ class Limits(NamedTuple):
     """Numbers are greater than this."""
     below: float | None = None
     """Numbers are less than this."""
+    multiple_of: int | None = None
+    """Numbers are divisible by this."""
 
     def hold(self, value: float) -> bool:
         """Whether a number is in the range."""
@@ -66,14 +68,19 @@ class Limits(NamedTuple):
             and (self.high is None or value <= self.high)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
+            and (self.multiple_of is None or value % self.multiple_of == 0)
         )
 
     def __str__(self) -> str:
-        if self.low is not None and self.high is not None:
-            return f"from {self.low} to {self.high}"
         words = {"above": "above", "low": "at least", "below": "below", "high": "at most"}
-        limits = [(word, getattr(self, name)) for name, word in words.items()]
-        return " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
+        if self.low is not None and self.high is not None:
+            limits = [f"from {self.low} to {self.high}"]
+        else:
+            named = [(word, getattr(self, name)) for name, word in words.items()]
+            limits = [f"{word} {limit}" for word, limit in named if limit is not None]
+        if self.multiple_of not in (None, 1):
+            limits.append("even" if self.multiple_of == 2 else f"a multiple of {self.multiple_of}")
+        return " and ".join(limits)
 
 
 def above(limit: float) -> Limits:
@@ -125,7 +132,7 @@ def number(name: str, value: Any, *, optional: bool = False, **limits: float | N
 
     >>> number("base", float("nan"), above=1)
     Traceback (most recent call last):
-    ValueError: base is nan; it must be a finite number above 1.
+    ValueError: base is nan; it must be a finite number, above 1.
     """
     return _numeric(name, value, _is_number(value), "a finite number", optional, Limits(**limits))
 
@@ -334,7 +341,7 @@ def _typed(name: str, value: Any, kind: Any, limits: dict[str, Any], optional: b
         _NUMBERS[kind](name, value, optional=optional, **limits)
     elif kind is str:
         text(name, value, optional=optional)
-    elif isinstance(kind, type) and origin is None:
+    elif isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False):
         instance(name, value, kind, optional=optional)
 
 
@@ -356,7 +363,7 @@ def _numeric(
 ) -> Any:
     if not _absent(value, optional):
         # The kind is clear where only the limits do not hold.
-        words = str(limits) if is_right else kind + _after_kind(limits)
+        words = str(limits) if is_right else ", ".join(filter(None, (kind, str(limits))))
         require(name, value, is_right and limits.hold(value), words + _or_none(optional))
     return value
 
@@ -414,12 +421,6 @@ def _either(words: Iterable[str]) -> str:
 
 def _or_none(optional: bool) -> str:
     return ", or None" if optional else ""
-
-
-def _after_kind(limits: Limits) -> str:
-    """The limits behind a noun: " above 1", " of at least 1"."""
-    words = str(limits)
-    return f" of {words}" if words.startswith("at ") else f" {words}".rstrip()
 
 
 def _absent(value: Any, optional: bool) -> bool:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.learned import lookup
 from posjax.positions import digit_run_positions
@@ -63,16 +64,11 @@ class Abacus(PositionEncoding):
     beyond: ClassVar = "raises"
 
     def __post_init__(self):
-        if not self.digits or min(self.digits) < 0:
-            raise ValueError(f"Abacus digits is {self.digits}; it must be token ids, at least one.")
-        if self.max_offset < 0:
-            raise ValueError(f"Abacus max_offset is {self.max_offset}; it must be 0 or more.")
-        if self.max_length < self.max_offset + 2:
-            wanted = f"at least max_offset + 2 = {self.max_offset + 2}"
-            raise ValueError(f"Abacus max_length is {self.max_length}; it must be {wanted}.")
-        if not self.initial_deviation >= 0:
-            deviation = self.initial_deviation
-            raise ValueError(f"Abacus initial_deviation is {deviation}; it must be 0 or more.")
+        zero = checks.at_least(0)
+        checks.fields(self, digits=zero, max_offset=zero, initial_deviation=zero)
+        least = self.max_offset + 2
+        wanted = f"at least max_offset + 2 = {least}"
+        checks.require("Abacus max_length", self.max_length, self.max_length >= least, wanted)
         super().__post_init__()
 
     def positions(self, tokens, positions, carry=None, *, segment_ids=None, deterministic=True):

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.learned import lookup
 from posjax.positions import LengthError
@@ -112,19 +113,15 @@ class AbsoluteWindow(PositionEncoding):
     beyond: ClassVar = "raises"
 
     def __post_init__(self):
-        for name in ("shape", "coarse", "window"):
+        one = checks.at_least(1)
+        zero = checks.at_least(0)
+        checks.fields(self, shape=one, coarse=one, window=one, initial_deviation=zero)
+        axes = len(self.shape)
+        checks.require("AbsoluteWindow shape", self.shape, axes <= 2, "one or two sizes")
+        for name in ("coarse", "window"):
             sizes = getattr(self, name)
-            if len(sizes) not in (1, 2) or min(sizes) < 1:
-                wanted = "one or two sizes, each at least 1"
-                raise ValueError(f"AbsoluteWindow {name} is {sizes}; it must hold {wanted}.")
-            if len(sizes) != len(self.shape):
-                got = f"AbsoluteWindow {name} is {sizes} and shape {self.shape}"
-                raise ValueError(f"{got}; they must have equally many axes.")
-        if not self.initial_deviation >= 0:
-            deviation = self.initial_deviation
-            raise ValueError(
-                f"AbsoluteWindow initial_deviation is {deviation}; it must be 0 or more."
-            )
+            wanted = f"of {axes} sizes, as shape is"
+            checks.require(f"AbsoluteWindow {name}", sizes, len(sizes) == axes, wanted)
         super().__post_init__()
 
     @classmethod

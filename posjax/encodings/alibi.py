@@ -5,6 +5,7 @@ from typing import Self
 
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
@@ -86,9 +87,7 @@ class ALiBi(DistanceBias):
     left_bonus: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.left_bonus < float("inf"):
-            wanted = "0 or more, and finite"
-            raise ValueError(f"ALiBi left_bonus is {self.left_bonus}; it must be {wanted}.")
+        checks.fields(self, left_bonus=checks.at_least(0))
         super().__post_init__()
 
     @classmethod

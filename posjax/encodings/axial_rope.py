@@ -4,7 +4,8 @@ from typing import Self
 
 import jax.numpy as jnp
 
-from posjax.encodings.rotary import Layout, Rotary, Turn, check_layout, turn
+from posjax import checks
+from posjax.encodings.rotary import Layout, Rotary, Turn, turn
 from posjax.frequencies import rope_frequencies
 from posjax.grids import grid_positions
 from posjax.types import Array, Num
@@ -88,11 +89,7 @@ class AxialRoPE(Rotary):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"AxialRoPE width is {self.width}; it must be at least 1.")
-        if not self.base > 1:
-            raise ValueError(f"AxialRoPE base is {self.base}; it must be greater than 1.")
-        check_layout("AxialRoPE", self.layout)
+        checks.fields(self, width=checks.at_least(1), base=checks.above(1))
         super().__post_init__()
 
     @classmethod

@@ -43,6 +43,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 import flax.linen as nn
 
+from posjax import checks
 from posjax.biases.base import Bias
 from posjax.types import Array, Float, Int, Num, PyTree
 
@@ -85,6 +86,10 @@ class PositionEncoding(nn.Module):
     reads_ahead: ClassVar[bool] = False
     beyond: ClassVar[Literal["extrapolates", "clips", "raises"]] = "extrapolates"
     decodes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        checks.fields(self)
+        super().__post_init__()
 
     def layer(self, index: int, layers: int) -> Self:
         """The encoding of layer `index` of `layers`, for encodings that differ between layers."""

@@ -5,6 +5,7 @@ from typing import Self
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.scaled import ScaledBias
 from posjax.encodings.abacus import is_one_of
 from posjax.encodings.alibi import ALiBi
@@ -58,16 +59,13 @@ class BiPE(Wrapper):
     bias_factor: float = 1.0
 
     def __post_init__(self):
-        if not self.separators or min(self.separators) < 0:
-            wanted = "token ids, at least one"
-            raise ValueError(f"BiPE separators is {self.separators}; it must be {wanted}.")
-        if self.num_places < 1:
-            raise ValueError(f"BiPE num_places is {self.num_places}; it must be at least 1.")
-        if not self.initial_deviation >= 0:
-            deviation = self.initial_deviation
-            raise ValueError(f"BiPE initial_deviation is {deviation}; it must be 0 or more.")
-        if not self.bias_factor > 0:
-            raise ValueError(f"BiPE bias_factor is {self.bias_factor}; it must be above 0.")
+        checks.fields(
+            self,
+            separators=checks.at_least(0),
+            num_places=checks.at_least(1),
+            initial_deviation=checks.at_least(0),
+            bias_factor=checks.above(0),
+        )
         super().__post_init__()
 
     @classmethod

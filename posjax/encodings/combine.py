@@ -1,5 +1,6 @@
 """Several position encodings at once."""
 
+from posjax import checks
 from posjax.biases.sum import BiasSum
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.stream import StreamEncoding, stream_of
@@ -30,12 +31,12 @@ class Combine(StreamEncoding):
     encodings: tuple[PositionEncoding, ...]
 
     def __post_init__(self):
-        if not self.encodings:
-            raise ValueError(f"Combine encodings is {self.encodings!r}; it must hold at least one.")
+        some = isinstance(self.encodings, tuple | list) and len(self.encodings) > 0
+        checks.require(
+            "Combine encodings", self.encodings, some, "a tuple of one or more encodings"
+        )
         for index, part in enumerate(self.encodings):
-            if not isinstance(part, PositionEncoding):
-                got = f"Combine encodings[{index}] is {part!r}"
-                raise ValueError(f"{got}; it must be a PositionEncoding (leave None out).")
+            checks.instance(f"Combine encodings[{index}]", part, PositionEncoding)
         super().__post_init__()
 
     @property

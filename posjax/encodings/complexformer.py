@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from posjax.encodings.rotary import Layout, Rotary, Turn, check_layout, check_pairs, turn_at
+from posjax import checks
+from posjax.encodings.rotary import Layout, Rotary, Turn, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Num
 
@@ -70,9 +71,7 @@ class ComplexFormer(Rotary):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"ComplexFormer base is {self.base}; it must be greater than 1.")
-        check_layout("ComplexFormer", self.layout)
+        checks.fields(self, base=checks.above(1))
         super().__post_init__()
 
     @nn.compact

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.rotary import turn
 from posjax.frequencies import rope_frequencies
@@ -153,23 +154,17 @@ class ComRoPE(PositionEncoding):
     base: float = 10_000.0
 
     def __post_init__(self):
-        if self.kind not in ("axial", "linear"):
-            raise ValueError(f'ComRoPE kind is {self.kind!r}; it must be "axial" or "linear".')
-        if self.block_size < 2:
-            raise ValueError(f"ComRoPE block_size is {self.block_size}; it must be at least 2.")
-        if self.grid is not None and (not self.grid or min(self.grid) < 1):
-            raise ValueError(f"ComRoPE grid is {self.grid}; it must hold sizes of at least 1.")
-        if self.start not in ("normal", "spectrum"):
-            raise ValueError(f'ComRoPE start is {self.start!r}; it must be "normal" or "spectrum".')
-        if self.start == "spectrum" and (self.grid is not None or self.block_size % 2):
-            wanted = "grid=None and an even block_size"
-            got = f"grid={self.grid} and block_size={self.block_size}"
-            raise ValueError(f'ComRoPE start is "spectrum"; it needs {wanted}, not {got}.')
-        if not self.initial_deviation >= 0:
-            deviation = self.initial_deviation
-            raise ValueError(f"ComRoPE initial_deviation is {deviation}; it must be 0 or more.")
-        if not self.base > 1:
-            raise ValueError(f"ComRoPE base is {self.base}; it must be greater than 1.")
+        checks.fields(
+            self,
+            block_size=checks.at_least(2),
+            grid=checks.at_least(1),
+            initial_deviation=checks.at_least(0),
+            base=checks.above(1),
+        )
+        if self.start == "spectrum":
+            with_it, is_even = 'with start="spectrum"', self.block_size % 2 == 0
+            checks.require("ComRoPE grid", self.grid, self.grid is None, f"None {with_it}")
+            checks.require("ComRoPE block_size", self.block_size, is_even, f"even {with_it}")
         super().__post_init__()
 
     @classmethod

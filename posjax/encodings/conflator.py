@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.abacus import is_one_of
 from posjax.encodings.rope import rope_turn
-from posjax.encodings.rotary import Layout, Rotary, check_layout
+from posjax.encodings.rotary import Layout, Rotary
 from posjax.types import Array, Bool, Int, Num
 
 __all__ = ["CONFLATOR", "Switches", "languages", "switching_positions"]
@@ -143,18 +144,16 @@ class CONFLATOR(Rotary):
     layout: Layout = "half"
 
     def __post_init__(self):
-        for field in ("second", "neutral"):
-            ids = getattr(self, field)
-            if ids and min(ids) < 0:
-                raise ValueError(f"CONFLATOR {field} is {ids}; it must be token ids.")
-        if both := set(self.second) & set(self.neutral):
-            both = f"{min(both)} in second, too"
-            raise ValueError(f"CONFLATOR neutral has {both}; a token is one of them at most.")
-        if self.rule not in ("reset", "flip"):
-            raise ValueError(f'CONFLATOR rule is {self.rule!r}; it must be "reset" or "flip".')
-        if not self.base > 1:
-            raise ValueError(f"CONFLATOR base is {self.base}; it must be greater than 1.")
-        check_layout("CONFLATOR", self.layout)
+        checks.fields(
+            self,
+            empty=("second", "neutral"),
+            second=checks.at_least(0),
+            neutral=checks.at_least(0),
+            base=checks.above(1),
+        )
+        both = sorted(set(self.second) & set(self.neutral))
+        wanted = f"without {both}, which second has"
+        checks.require("CONFLATOR neutral", self.neutral, not both, wanted)
         super().__post_init__()
 
     @classmethod

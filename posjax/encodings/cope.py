@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.contextual import ContextualBias
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.distance import TrainedBias
@@ -62,19 +63,12 @@ class CoPE(TrainedBias):
     beyond: ClassVar = "clips"
 
     def __post_init__(self):
-        if self.num_positions < 2:
-            raise ValueError(f"CoPE num_positions is {self.num_positions}; it must be at least 2.")
-        sources = ("logits", "key", "value", "ones")
-        if self.gate_source not in sources:
-            raise ValueError(
-                f"CoPE gate_source is {self.gate_source!r}; it must be one of {sources}."
-            )
-        if self.table_deviation < 0:
-            raise ValueError(
-                f"CoPE table_deviation is {self.table_deviation}; it must be 0 or more."
-            )
-        if self.every < 1:
-            raise ValueError(f"CoPE every is {self.every}; it must be at least 1.")
+        checks.fields(
+            self,
+            num_positions=checks.at_least(2),
+            table_deviation=checks.at_least(0),
+            every=checks.at_least(1),
+        )
         super().__post_init__()
 
     @classmethod

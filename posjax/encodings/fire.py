@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import math
 from typing import ClassVar, Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.distance import DistanceBias
 from posjax.types import Array, Float, Num
 
@@ -113,16 +113,13 @@ class FIRE(DistanceBias):
     distance_only: ClassVar[bool] = False
 
     def __post_init__(self):
-        for field in ("hidden_layers", "hidden_width"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"FIRE {field} is {getattr(self, field)}; it must be at least 1.")
-        for field in ("initial_c", "initial_threshold"):
-            if not 0 < getattr(self, field) < math.inf:
-                got = f"FIRE {field} is {getattr(self, field)}"
-                raise ValueError(f"{got}; it must be above 0 and finite.")
-        if self.normaliser not in ("query", "larger"):
-            got = f"FIRE normaliser is {self.normaliser!r}"
-            raise ValueError(f'{got}; it must be "query" or "larger".')
+        checks.fields(
+            self,
+            hidden_layers=checks.at_least(1),
+            hidden_width=checks.at_least(1),
+            initial_c=checks.above(0),
+            initial_threshold=checks.above(0),
+        )
         super().__post_init__()
 
     @classmethod

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.running import ForgettingBias
 from posjax.encodings.base import PositionEncoding, Sizes
 from posjax.types import Array, Float
@@ -63,15 +64,10 @@ class Forgetting(PositionEncoding):
     is_causal_only: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.gate not in ("full", "bias_only", "fixed"):
-            wanted = '"full", "bias_only" or "fixed"'
-            raise ValueError(f"Forgetting gate is {self.gate!r}; it must be {wanted}.")
-        if not (len(self.decay_times) == 2 and 0 < self.decay_times[0] <= self.decay_times[1]):
-            wanted = "(shortest, longest), positive and not falling"
-            raise ValueError(f"Forgetting decay_times is {self.decay_times}; it must be {wanted}.")
-        if not self.initial_deviation >= 0:
-            got = f"Forgetting initial_deviation is {self.initial_deviation}"
-            raise ValueError(f"{got}; it must be 0 or more.")
+        checks.fields(self, decay_times=checks.above(0), initial_deviation=checks.at_least(0))
+        shortest, longest = self.decay_times
+        wanted = "(shortest, longest), not falling"
+        checks.require("Forgetting decay_times", self.decay_times, shortest <= longest, wanted)
         super().__post_init__()
 
     @classmethod

@@ -5,6 +5,7 @@ from typing import Self
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.grids import grid_positions
 from posjax.types import Array, Float, Num
@@ -82,21 +83,18 @@ class Fourier(PositionEncoding):
     groups: int = 1
 
     def __post_init__(self):
-        def refuse(name: str, wanted: str) -> None:
-            raise ValueError(f"Fourier {name} is {getattr(self, name)}; it must be {wanted}.")
-
-        if self.features < 2 or self.features % 2:
-            refuse("features", "even and at least 2")
-        if self.hidden < 1:
-            refuse("hidden", "at least 1")
-        for name in ("gamma", "length"):
-            if not getattr(self, name) > 0:
-                refuse(name, "greater than 0")
-        if self.grid is not None and (not self.grid or min(self.grid) < 1):
-            refuse("grid", "None or sizes of at least 1")
+        checks.fields(
+            self,
+            features=checks.Limits(low=2, multiple_of=2),
+            hidden=checks.at_least(1),
+            gamma=checks.above(0),
+            length=checks.above(0),
+            grid=checks.at_least(1),
+            groups=checks.at_least(1),
+        )
         axes = 1 if self.grid is None else len(self.grid)
-        if self.groups < 1 or axes % self.groups:
-            refuse("groups", f"a divisor of the {axes} coordinates")
+        wanted = f"a divisor of the number of coordinates, {axes}"
+        checks.require("LearnableFourier groups", self.groups, axes % self.groups == 0, wanted)
         super().__post_init__()
 
     @classmethod

@@ -6,6 +6,7 @@ from typing import Self
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.kerple import keep_within
 from posjax.types import Array, Float, Num
@@ -59,11 +60,9 @@ class HeadScale(PositionEncoding):
     trained: bool = True
 
     def __post_init__(self):
-        if not self.lower_bound > 0:
-            raise ValueError(f"HeadScale lower_bound is {self.lower_bound}; it must be above 0.")
-        if not self.initial >= self.lower_bound:
-            wanted = f"at least lower_bound = {self.lower_bound}"
-            raise ValueError(f"HeadScale initial is {self.initial}; it must be {wanted}.")
+        checks.fields(self, lower_bound=checks.above(0))
+        wanted = f"at least lower_bound = {self.lower_bound}"
+        checks.require("HeadScale initial", self.initial, self.initial >= self.lower_bound, wanted)
         super().__post_init__()
 
     @classmethod

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.biases.relative import RelativeBias
 from posjax.biases.sum import BiasSum
 from posjax.biases.tables import ClippedTableBias, MultiplierBias
-from posjax.biases.sum import BiasSum
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.distance import OfDistance
 from posjax.positions import LengthError
@@ -78,13 +78,7 @@ class Huang(PositionEncoding):
     initial_deviation: float = 0.02
 
     def __post_init__(self):
-        if self.method not in (1, 2, 3, 4):
-            raise ValueError(f"Huang method is {self.method!r}; it must be 1, 2, 3 or 4.")
-        if self.max_distance < 1:
-            raise ValueError(f"Huang max_distance is {self.max_distance}; it must be at least 1.")
-        if not self.initial_deviation >= 0:
-            deviation = self.initial_deviation
-            raise ValueError(f"Huang initial_deviation is {deviation}; it must be 0 or more.")
+        checks.fields(self, max_distance=checks.at_least(1), initial_deviation=checks.at_least(0))
         super().__post_init__()
 
     @property

@@ -2,6 +2,7 @@
 
 import jax
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.rope import RoPE
 from posjax.encodings.wrapper import Wrapper
@@ -47,12 +48,10 @@ class Interpolated(Wrapper):
     target_length: int = 8192
 
     def __post_init__(self):
-        trained, target = self.trained_length, self.target_length
-        if trained < 1:
-            raise ValueError(f"Interpolated trained_length is {trained}; it must be at least 1.")
-        if target < trained:
-            wanted = f"at least trained_length = {trained}"
-            raise ValueError(f"Interpolated target_length is {target}; it must be {wanted}.")
+        checks.fields(self, trained_length=checks.at_least(1))
+        target, trained = self.target_length, self.trained_length
+        wanted = f"at least trained_length = {trained}"
+        checks.require("Interpolated target_length", target, target >= trained, wanted)
         super().__post_init__()
 
     def positions(self, tokens, positions, carry=None, **settings):

@@ -94,13 +94,6 @@ class KERPLE(DistanceBias):
     positivity: Literal["clamp", "softplus"] = "clamp"
     share_layers: bool = True
 
-    def __post_init__(self):
-        for field, known in (("kind", ("log", "power")), ("positivity", ("clamp", "softplus"))):
-            value = getattr(self, field)
-            if value not in known:
-                raise ValueError(f"KERPLE {field} is {value!r}; it must be one of {known}.")
-        super().__post_init__()
-
     @classmethod
     def power(cls) -> Self:
         """A power of the distance."""

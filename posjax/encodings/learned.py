@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.positions import LengthError, check_length
 from posjax.types import Array, Float, Num
@@ -108,14 +109,11 @@ class Learned(PositionEncoding):
     beyond: ClassVar = "raises"
 
     def __post_init__(self):
-        if self.max_length < 1:
-            raise ValueError(f"Learned max_length is {self.max_length}; it must be at least 1.")
-        if not self.initial_deviation >= 0:
-            deviation = self.initial_deviation
-            raise ValueError(f"Learned initial_deviation is {deviation}; it must be 0 or more.")
-        if self.interpolate_to is not None and self.interpolate_to <= self.max_length:
-            wanted = f"exceed max_length, {self.max_length}"
-            raise ValueError(f"Learned interpolate_to is {self.interpolate_to}; it must {wanted}.")
+        checks.fields(self, max_length=checks.at_least(1), initial_deviation=checks.at_least(0))
+        if self.interpolate_to is not None:
+            longer = self.interpolate_to > self.max_length
+            wanted = f"above max_length = {self.max_length}, or None"
+            checks.require("LearnedAbsolute interpolate_to", self.interpolate_to, longer, wanted)
         super().__post_init__()
 
     @classmethod

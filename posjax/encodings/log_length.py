@@ -5,6 +5,7 @@ from typing import Self
 
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num
 
@@ -56,11 +57,7 @@ class LogLength(PositionEncoding):
     minimum: float = 0.0
 
     def __post_init__(self):
-        if self.trained_length < 2:
-            length = self.trained_length
-            raise ValueError(f"LogLength trained_length is {length}; it must be at least 2.")
-        if not self.minimum >= 0:
-            raise ValueError(f"LogLength minimum is {self.minimum}; it must be 0 or more.")
+        checks.fields(self, trained_length=checks.at_least(2), minimum=checks.at_least(0))
         super().__post_init__()
 
     @classmethod

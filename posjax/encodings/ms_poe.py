@@ -5,7 +5,8 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.encodings.rotary import Layout, Rotary, check_layout, check_pairs, turn_at
+from posjax import checks
+from posjax.encodings.rotary import Layout, Rotary, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Int
 
@@ -91,19 +92,14 @@ class MsPoE(Rotary):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if not self.min_ratio >= 1:
-            raise ValueError(f"MsPoE min_ratio is {self.min_ratio}; it must be at least 1.")
-        if not self.max_ratio >= self.min_ratio:
-            wanted = f"at least min_ratio, {self.min_ratio}"
-            raise ValueError(f"MsPoE max_ratio is {self.max_ratio}; it must be {wanted}.")
-        if self.order is not None and sorted(self.order) != list(range(len(self.order))):
-            wanted = "hold 0, 1, 2, ... in any order, or be None"
-            raise ValueError(f"MsPoE order is {self.order}; it must {wanted}.")
-        if self.skip_layers < 0:
-            raise ValueError(f"MsPoE skip_layers is {self.skip_layers}; it must be 0 or more.")
-        if not self.base > 1:
-            raise ValueError(f"MsPoE base is {self.base}; it must be greater than 1.")
-        check_layout("MsPoE", self.layout)
+        checks.fields(
+            self, min_ratio=checks.at_least(1), skip_layers=checks.at_least(0), base=checks.above(1)
+        )
+        wanted = f"at least min_ratio = {self.min_ratio}"
+        checks.require("MsPoE max_ratio", self.max_ratio, self.max_ratio >= self.min_ratio, wanted)
+        if self.order is not None:
+            is_order = sorted(self.order) == list(range(len(self.order)))
+            checks.require("MsPoE order", self.order, is_order, "0, 1, ... in any order, or None")
         super().__post_init__()
 
     @classmethod

@@ -4,7 +4,8 @@ from typing import Literal, Self
 
 import numpy as np
 
-from posjax.encodings.rotary import Layout, Rotary, check_layout, check_pairs, turn_at
+from posjax import checks
+from posjax.encodings.rotary import Layout, Rotary, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 
 __all__ = ["PRoPE", "p_rope_frequencies"]
@@ -62,13 +63,7 @@ class PRoPE(Rotary):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"PRoPE base is {self.base}; it must be greater than 1.")
-        if not 0 <= self.fraction <= 1:
-            raise ValueError(f"PRoPE fraction is {self.fraction}; it must be between 0 and 1.")
-        if self.pairs not in ("fast", "slow"):
-            raise ValueError(f'PRoPE pairs is {self.pairs!r}; it must be "fast" or "slow".')
-        check_layout("PRoPE", self.layout)
+        checks.fields(self, base=checks.above(1), fraction=checks.between(0, 1))
         super().__post_init__()
 
     @classmethod

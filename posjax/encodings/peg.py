@@ -5,6 +5,7 @@ from typing import Self
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Int, Num
 
@@ -124,14 +125,11 @@ class PEG(StreamEncoding):
     grid: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if self.kernel_size < 1 or (self.grid is not None and self.kernel_size % 2 == 0):
-            wanted = "at least 1, and odd on a grid"
-            raise ValueError(f"PEG kernel_size is {self.kernel_size}; it must be {wanted}.")
-        if self.block is not None and self.block < 0:
-            raise ValueError(f"PEG block is {self.block}; it must be 0 or more.")
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            wanted = "(height, width), each at least 1"
-            raise ValueError(f"PEG grid is {self.grid}; it must be {wanted}.")
+        checks.fields(
+            self, kernel_size=checks.at_least(1), block=checks.at_least(0), grid=checks.at_least(1)
+        )
+        fits = self.grid is None or self.kernel_size % 2 == 1
+        checks.require("PEG kernel_size", self.kernel_size, fits, "odd on a grid")
         super().__post_init__()
 
     @property

@@ -2,6 +2,7 @@
 
 from typing import Self
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.rope import RoPE
 from posjax.encodings.wrapper import Wrapper
@@ -52,9 +53,7 @@ class PoSE(Wrapper):
     shift_first: bool = False
 
     def __post_init__(self):
-        if self.target_length < 1:
-            length = self.target_length
-            raise ValueError(f"PoSE target_length is {length}; it must be at least 1.")
+        checks.fields(self, target_length=checks.at_least(1))
         super().__post_init__()
 
     @classmethod

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.alibi import ALiBi
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.learned import Learned
@@ -81,20 +82,17 @@ class Randomized(Wrapper):
     draw: int = 0
 
     def __post_init__(self):
-        if self.max_length < 1:
-            raise ValueError(f"Randomized max_length is {self.max_length}; it must be at least 1.")
-        if self.draws < 1:
-            raise ValueError(f"Randomized draws is {self.draws}; it must be at least 1.")
-        if not 0 <= self.draw < self.draws:
-            wanted = f"from 0 to draws - 1 = {self.draws - 1}"
-            raise ValueError(f"Randomized draw is {self.draw}; it must be {wanted}.")
-        if self.evaluation not in ("random", "spread", "plain"):
-            wanted = '"random", "spread" or "plain"'
-            raise ValueError(f"Randomized evaluation is {self.evaluation!r}; it must be {wanted}.")
+        checks.fields(
+            self,
+            max_length=checks.at_least(1),
+            draws=checks.at_least(1),
+            evaluation_length=checks.at_least(1),
+        )
+        checks.integer("Randomized draw", self.draw, low=0, high=self.draws - 1)
         length = self.evaluation_length
-        if length is not None and not 1 <= length <= self.max_length:
-            wanted = f"None, or from 1 to max_length = {self.max_length}"
-            raise ValueError(f"Randomized evaluation_length is {length}; it must be {wanted}.")
+        fits = length is None or length <= self.max_length
+        wanted = f"at most max_length = {self.max_length}, or None"
+        checks.require("Randomized evaluation_length", length, fits, wanted)
         super().__post_init__()
 
     @classmethod

@@ -8,7 +8,7 @@ import numpy as np
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.types import Array, Float, Num
 
-__all__ = ["Layout", "Rotary", "Turn", "check_layout", "check_pairs", "lengths", "turn", "turn_at"]
+__all__ = ["Layout", "Rotary", "Turn", "check_pairs", "lengths", "turn", "turn_at"]
 
 Layout = Literal["half", "interleaved"]
 
@@ -97,12 +97,6 @@ def turn_at(
 def lengths(positions: Num[Array, "B T"]) -> Num[Array, "B"]:
     """How many positions each row has: its greatest one, plus 1."""
     return jnp.max(positions, axis=1) + 1
-
-
-def check_layout(name: str, layout: str) -> None:
-    """Raises ValueError for a layout that `turn` does not know."""
-    if layout not in ("half", "interleaved"):
-        raise ValueError(f'{name} layout is {layout!r}; it must be "half" or "interleaved".')
 
 
 def check_pairs(name: str, head_size: int) -> None:

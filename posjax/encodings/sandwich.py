@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.products import sinusoid_frequencies
 from posjax.encodings.distance import DistanceBias
 from posjax.types import Array, Float, Num
@@ -75,10 +76,8 @@ class Sandwich(DistanceBias):
     base: float = 10_000.0
 
     def __post_init__(self):
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"Sandwich width is {self.width}; it must be even and at least 2.")
-        if not self.base > 1:
-            raise ValueError(f"Sandwich base is {self.base}; it must be greater than 1.")
+        width = checks.Limits(low=2, multiple_of=2)
+        checks.fields(self, width=width, base=checks.above(1))
         super().__post_init__()
 
     def function(self, heads):

@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
+from posjax import checks
 from posjax.biases.grouped import GroupedBias
 from posjax.encodings.rope import rope_turn
-from posjax.encodings.rotary import Layout, Rotary, check_layout, turn
+from posjax.encodings.rotary import Layout, Rotary, turn
 from posjax.types import Array, Num
 
 __all__ = ["SelfExtend", "group_shifts"]
@@ -73,17 +74,11 @@ class SelfExtend(Rotary):
     is_causal_only: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.group < 1:
-            raise ValueError(f"SelfExtend group is {self.group}; it must be at least 1.")
-        if self.window < 1 or self.window % self.group:
-            wanted = f"a multiple of group = {self.group}, above 0"
-            raise ValueError(f"SelfExtend window is {self.window}; it must be {wanted}.")
-        if not self.base > 1:
-            raise ValueError(f"SelfExtend base is {self.base}; it must be greater than 1.")
-        if not 0 < self.fraction <= 1:
-            wanted = "above 0, at most 1"
-            raise ValueError(f"SelfExtend fraction is {self.fraction}; it must be {wanted}.")
-        check_layout("SelfExtend", self.layout)
+        fraction = checks.Limits(above=0, high=1)
+        one = checks.at_least(1)
+        checks.fields(self, group=one, window=one, base=checks.above(1), fraction=fraction)
+        wanted = f"a multiple of group = {self.group}"
+        checks.require("SelfExtend window", self.window, self.window % self.group == 0, wanted)
         super().__post_init__()
 
     def turn_of(self, side):

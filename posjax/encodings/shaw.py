@@ -5,6 +5,7 @@ from typing import ClassVar, Self
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.tables import ClippedTableBias
 from posjax.encodings.base import PositionEncoding
 
@@ -49,8 +50,7 @@ class Shaw(PositionEncoding):
     beyond: ClassVar = "clips"
 
     def __post_init__(self):
-        if self.max_distance < 1:
-            raise ValueError(f"Shaw max_distance is {self.max_distance}; it must be at least 1.")
+        checks.fields(self, max_distance=checks.at_least(1))
         super().__post_init__()
 
     @classmethod

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num
 
@@ -82,13 +83,7 @@ class Sinusoidal(PositionEncoding):
     train_scale: bool = False
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"Sinusoidal base is {self.base}; it must be greater than 1.")
-        if self.layout not in ("interleaved", "concatenated"):
-            wanted = '"interleaved" or "concatenated"'
-            raise ValueError(f"Sinusoidal layout is {self.layout!r}; it must be {wanted}.")
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"Sinusoidal scale is {self.scale}; it must be greater than 0.")
+        checks.fields(self, base=checks.above(1), scale=checks.above(0))
         super().__post_init__()
 
     @classmethod

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Int, Num
 
@@ -107,10 +108,8 @@ class T5(DistanceBias):
     beyond: ClassVar = "clips"
 
     def __post_init__(self):
+        checks.fields(self, initial_deviation=checks.at_least(0))
         _all_buckets(self.num_buckets, self.max_distance, self.bidirectional)
-        if not self.initial_deviation >= 0:
-            deviation = self.initial_deviation
-            raise ValueError(f"T5 initial_deviation is {deviation}; it must be 0 or more.")
         super().__post_init__()
 
     @classmethod
@@ -144,14 +143,12 @@ def _place(relative: Array, max_distance: int) -> Int[Array, "*shape"]:
 @functools.cache
 def _all_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
     """The buckets of the relative positions -max_distance ... max_distance."""
-    if num_buckets < (4 if bidirectional else 2) or (bidirectional and num_buckets % 2):
-        wanted = "an even number of at least 4" if bidirectional else "at least 2"
-        raise ValueError(f"T5 num_buckets is {num_buckets}; it must be {wanted}.")
+    least, step = (4, 2) if bidirectional else (2, 1)
+    checks.integer("T5Bias num_buckets", num_buckets, low=least, multiple_of=step)
     side = num_buckets // 2 if bidirectional else num_buckets
     exact = side // 2
-    if max_distance <= exact:
-        wanted = f"exceed {exact}, the distances with a bucket of their own"
-        raise ValueError(f"T5 max_distance is {max_distance}; it must {wanted}.")
+    wanted = f"above {exact}, the distances with a bucket of their own"
+    checks.require("T5Bias max_distance", max_distance, max_distance > exact, wanted)
     distance = np.arange(max_distance + 1)
     edges = [_edge(step, side - exact, exact, max_distance) for step in range(1, side - exact)]
     before = np.minimum(distance, exact) + np.searchsorted(edges, distance, side="right")

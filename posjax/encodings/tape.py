@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import Sizes
 from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Num
@@ -87,12 +88,9 @@ class TAPE(StreamEncoding):
     beyond: ClassVar = "extrapolates"
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"TAPE size is {self.size}; it must be at least 1.")
-        if self.max_shift < 0:
-            raise ValueError(f"TAPE max_shift is {self.max_shift}; it must be 0 or more.")
-        if not self.base > 1:
-            raise ValueError(f"TAPE base is {self.base}; it must be greater than 1.")
+        checks.fields(
+            self, size=checks.at_least(1), max_shift=checks.at_least(0), base=checks.above(1)
+        )
         super().__post_init__()
 
     @classmethod

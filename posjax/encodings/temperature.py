@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.scaled import ScaledBias
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.t5 import T5
@@ -46,8 +47,7 @@ class Temperature(Wrapper):
     temperature: float = 0.8
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"Temperature temperature is {self.temperature}; it must be above 0.")
+        checks.fields(self, temperature=checks.above(0))
         super().__post_init__()
 
     def rotate(self, query, key):

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.products import SinusoidBias
 from posjax.encodings.distance import TrainedBias
 from posjax.types import Array, Float
@@ -54,14 +55,12 @@ class TransformerXL(TrainedBias):
     initial_deviation: float = 0.02
 
     def __post_init__(self):
-        if self.width is not None and (self.width < 2 or self.width % 2):
-            wanted = "even and at least 2, or None"
-            raise ValueError(f"TransformerXL width is {self.width}; it must be {wanted}.")
-        if not self.base > 1:
-            raise ValueError(f"TransformerXL base is {self.base}; it must be greater than 1.")
-        if not self.initial_deviation >= 0:
-            got = f"TransformerXL initial_deviation is {self.initial_deviation}"
-            raise ValueError(f"{got}; it must be 0 or more.")
+        checks.fields(
+            self,
+            width=checks.Limits(low=2, multiple_of=2),
+            base=checks.above(1),
+            initial_deviation=checks.at_least(0),
+        )
         super().__post_init__()
 
     @classmethod

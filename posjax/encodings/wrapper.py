@@ -45,12 +45,6 @@ class Wrapper(StreamEncoding):
 
     encoding: PositionEncoding
 
-    def __post_init__(self):
-        if not isinstance(self.encoding, PositionEncoding):
-            got = f"{type(self).__name__} encoding is {self.encoding!r}"
-            raise ValueError(f"{got}; it must be a PositionEncoding.")
-        super().__post_init__()
-
     is_causal_only = _property("is_causal_only")
     reads_ahead = _property("reads_ahead")
     beyond = _property("beyond")

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.encodings.rotary import Layout, Rotary, check_layout, check_pairs, lengths, turn_at
+from posjax import checks
+from posjax.encodings.rotary import Layout, Rotary, check_pairs, lengths, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Num
 
@@ -72,11 +73,7 @@ class XPos(Rotary):
     layout: Layout = "half"
 
     def __post_init__(self):
-        if not self.base > 1:
-            raise ValueError(f"XPos base is {self.base}; it must be greater than 1.")
-        if not self.scale_base > 0:
-            raise ValueError(f"XPos scale_base is {self.scale_base}; it must be above 0.")
-        check_layout("XPos", self.layout)
+        checks.fields(self, base=checks.above(1), scale_base=checks.above(0))
         super().__post_init__()
 
     def turns(self, query, key):
