@@ -15,7 +15,7 @@ def flip_flop() -> Config:
     Command: python train.py flip_flop --compare cope cope.capped rope --seeds 0 1 2 3 4
 
     Result and time: wrong reads on sparse strings, seeds 0 to 4: CoPE 3.1 % (one seed fails),
-    with all gates 1 1.5 %, RoPE 11.3 %; the table is in the README. About 20 minutes on 2 cores.
+    with all gates 1 1.5 %, RoPE 11.3 %; see docs/results. About 20 minutes on 2 cores.
     """
     return Config(
         name="flip_flop",

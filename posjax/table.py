@@ -1,4 +1,4 @@
-"""The table of all position encodings, made from the code: `python -m posjax.table`.
+"""The tables of docs/encodings.md, made from the code: `python -m posjax.table`.
 
 Every column is found by asking the code: places by tracing which hooks change anything, parameters
 by building a model, implementations by trying them, papers from docstrings.
@@ -8,6 +8,8 @@ import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Literal
 
 import flax.linen as nn
@@ -23,7 +25,10 @@ from posjax.encodings.stream import stream_of
 from posjax.models import Transformer, TransformerConfig
 from posjax.types import Array, Int
 
-__all__ = ["Row", "main", "markdown", "rows"]
+__all__ = ["Entry", "Row", "encodings", "main", "others", "page"]
+
+# Where `--write` puts the tables, in a clone of the repository.
+PAGE = Path(__file__).parent.parent / "docs" / "encodings.md"
 
 # The model whose parameters are counted.
 MODEL = TransformerConfig(layers=4, heads=4, width=256, implementation="reference")
@@ -33,14 +38,38 @@ _LENGTH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """A position encoding: one line of the first table.
+
+    Args:
+        name: as `posjax.encodings.create` and the command line know it.
+        code: the Python expression that makes it.
+        place: numbers of the places where it acts.
+        beyond: behaviour beyond the trained length.
+        paper: arXiv id.
+    """
 
     name: str
+    code: str
     place: str
-    parameters: int | None
+    parameters: int
     beyond: str
     implementations: tuple[str, ...]
-    decodes: bool | None
+    decodes: bool
+    paper: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A function or class that is no argument of attention: one line of the second table.
+
+    Args:
+        code: its import path.
+        summary: the first sentence of its docstring.
+        paper: arXiv id.
+    """
+
+    code: str
+    summary: str
     paper: str
 
 
@@ -83,7 +112,7 @@ class _Trace(nn.Module):
 
 
 def _encoding_row(name: str, encoding: PositionEncoding | None, paper: str | None = None) -> Row:
-    """What the code says about an encoding."""
+    """The row of an encoding, found by asking the code."""
     own = PositionEncoding() if encoding is None else encoding
     places, implementations = set(), set()
     tokens = jnp.zeros((1, _LENGTH), jnp.int32)
@@ -101,6 +130,7 @@ def _encoding_row(name: str, encoding: PositionEncoding | None, paper: str | Non
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
     return Row(
         name,
+        code(name),
         ", ".join(sorted(places)),
         _encoding_parameters(variables),
         own.beyond,
@@ -111,7 +141,7 @@ def _encoding_row(name: str, encoding: PositionEncoding | None, paper: str | Non
 
 
 def _encoding_parameters(variables) -> int:
-    """How many parameters stand under "encoding"."""
+    """Number of parameters below "encoding"."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     return sum(x.size for path, x in leaves if "encoding" in [key.key for key in path])
 
@@ -126,52 +156,118 @@ def _paper(thing: object, name: str = "") -> str:
     return ""
 
 
-def rows() -> list[Row]:
-    """All encodings, compositions, linear-time attention and graph encodings."""
+def code(name: str) -> str:
+    """The Python expression that makes the encoding `name`, after `import posjax`.
+
+    >>> code("rope.yarn"), code("abacus+fire")
+    ('posjax.RoPE.yarn()', 'posjax.Combine((posjax.Abacus(), posjax.FIRE()))')
+    """
+    parts = name.split("+")
+    if len(parts) > 1:
+        return f"posjax.Combine(({', '.join(code(part) for part in parts)}))"
+    encoding, (_, point, variant) = registry.create(name), name.partition(".")
+    return "None" if encoding is None else f"posjax.{type(encoding).__name__}{point}{variant}()"
+
+
+def encodings() -> list[Row]:
+    """All encodings, then the combinations that papers use."""
     table = [_encoding_row(name, registry.create(name)) for name in registry.names()]
-    table += [
+    return table + [
         _encoding_row(n, registry.create(n), paper) for n, paper in registry.COMPOSITIONS.items()
     ]
+
+
+def others() -> list[Entry]:
+    """Linear-time attention and encodings of graphs."""
     function = kernelized.kernelized_attention
-    label = f"posjax.kernelized.{function.__name__}"
-    table.append(Row(label, "attention", None, "clips", (), None, _paper(function)))
-    for name, cls in graphs.classes().items():
-        table.append(Row(f"posjax.graphs.{name}", "graph", None, "any size", (), None, _paper(cls)))
-    return table
+    things = {f"posjax.kernelized.{function.__name__}": function}
+    things |= {f"posjax.graphs.{name}": cls for name, cls in graphs.classes().items()}
+    return [Entry(path, _summary(thing), _paper(thing)) for path, thing in things.items()]
 
 
-def markdown(table: list[Row]) -> str:
-    """The table in Markdown."""
+def _summary(thing: object) -> str:
+    first, *_ = (inspect.getdoc(thing) or "").split("\n\n")
+    return " ".join(first.split())
+
+
+def _encodings_in_markdown() -> str:
     model = f"{MODEL.layers} layers, {MODEL.heads} heads of {MODEL.size_of_head}"
     head = (
-        f"| name | place | parameters ({model}) | beyond training | fused paths | decodes | paper |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    for row in table:
-        cells = (
+        "name", "in Python", "place", f"parameters ({model})", "beyond training",
+        "implementations", "decodes", "paper",
+    )  # fmt: skip
+    rows = [
+        (
             f"`{row.name}`",
+            f"`{row.code}`",
             row.place,
-            "" if row.parameters is None else f"{row.parameters:,}",
+            f"{row.parameters:,}",
             row.beyond,
             ", ".join(row.implementations),
-            {True: "yes", False: "no", None: ""}[row.decodes],
-            f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else "",
+            "yes" if row.decodes else "no",
+            _link(row.paper),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in encodings()
+    ]
+    return _markdown(head, rows)
+
+
+def _others_in_markdown() -> str:
+    rows = [(f"`{entry.code}`", entry.summary, _link(entry.paper)) for entry in others()]
+    return _markdown(("in Python", "summary", "paper"), rows)
+
+
+def _link(paper: str) -> str:
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    first, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *lines])
+
+
+# Each table is between <!-- NAME --> and <!-- /NAME --> on the page.
+_TABLES: dict[str, Callable[[], str]] = {
+    "encodings": _encodings_in_markdown,
+    "others": _others_in_markdown,
+}
+
+
+def page(text: str) -> str:
+    """The page `text` with new tables between its marks.
+
+    Raises:
+        ValueError: a page without the marks of a table.
+    """
+    for name, table in _TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"the page has no marks {begin.strip()} and {end.strip()}.")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}{table()}{end}{rest.split(end, 1)[1]}"
+    return text
 
 
 def main(
     format: Annotated[
-        Literal["markdown", "json"], tyro.conf.arg(help="How the table is written.")
+        Literal["markdown", "json"], tyro.conf.arg(help="Of what is printed.")
     ] = "markdown",
+    write: Annotated[
+        tyro.conf.FlagCreatePairsOff[bool],
+        tyro.conf.arg(help="Write the tables to docs/encodings.md; print nothing else."),
+    ] = False,
 ) -> None:
-    """Prints the table of all position encodings."""
-    table = rows()
-    if format == "json":
-        print(json.dumps([dataclasses.asdict(row) for row in table], indent=1))
+    """Prints the tables of all position encodings, or writes them to docs/encodings.md."""
+    if write:
+        if not PAGE.exists():
+            raise SystemExit(f"there is no {PAGE}; --write is for a clone of the repository.")
+        PAGE.write_text(page(PAGE.read_text()))
+        print(PAGE)
+    elif format == "json":
+        tables = {"encodings": encodings(), "others": others()}
+        print(json.dumps(tables, default=dataclasses.asdict, indent=1))
     else:
-        print(markdown(table))
+        print("\n\n".join(table() for table in _TABLES.values()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""Documentation that executes: docstrings, doctests, the README's commands, links, notebooks."""
+"""Documentation that executes: docstrings, Python and commands on pages, notebooks; links."""
 
 import doctest
+import functools
 import importlib
 import inspect
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import tyro
 
 from posjax.training import cli
 
@@ -20,7 +26,16 @@ MARKDOWN = sorted(
     for path in (folder.glob("*.md") if folder == ROOT else folder.rglob("*.md"))
 )
 PRESETS = {path.stem: path for path in sorted((ROOT / "configs").glob("[!_]*.py"))}
-MUST_SHOW_COMMANDS = {ROOT / "README.md", *PRESETS.values()}
+# Pages and presets that must show a command of `train.py`, of another script, and Python.
+MUST_TRAIN = {
+    *(ROOT / name for name in ("README.md", "docs/training.md", "docs/results/README.md")),
+    *PRESETS.values(),
+}
+MUST_CALL = {
+    ROOT / "docs" / name
+    for name in ("encodings.md", "implementations.md", "performance.md", "results/README.md")
+}
+MUST_RUN = {ROOT / name for name in ("README.md", "docs/encodings.md", "docs/implementations.md")}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What a notebook does for its pictures, and enough of it to see that it runs.
 SHORTER = {"steps=300": "steps=20"}
@@ -95,7 +110,83 @@ def test_commands_are_understood(path):
             load = runpy.run_path(str(PRESETS[preset]))[preset]
             if "--help" not in words:
                 cli.parse(preset, load(), words, "")
-    assert found or path not in MUST_SHOW_COMMANDS
+    assert found or path not in MUST_TRAIN
+
+
+def calls(path: Path) -> list[tuple[str, list[str]]]:
+    """(script or module, arguments) of all other Python commands on a page."""
+    text = path.read_text().replace("\\\n", " ")
+    found = re.findall(r"\bpython (?:-m (posjax\.\w+)|(benchmarks/\w+\.py))([^`\n]*)", text)
+    words = [re.split(r"&&|;|#", rest)[0] for *_, rest in found]
+    return [
+        (module or script, shlex.split(rest))
+        for (module, script, _), rest in zip(found, words, strict=True)
+    ]
+
+
+def command_line(name: str):
+    """The class or function from which a script or a module makes its command line.
+
+    Calling it does nothing else.
+    """
+    if name.startswith("posjax."):
+        return functools.wraps(importlib.import_module(name).main)(lambda *_, **__: None)
+    return importlib.import_module(Path(name).stem).Settings
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=relative)
+def test_other_commands_are_understood(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    found = calls(path)
+    for name, words in found:
+        if "--help" not in words:
+            tyro.cli(command_line(name), args=words)
+    assert found or path not in MUST_CALL
+
+
+def python(path: Path) -> str:
+    """All Python blocks of a page, in their order."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("path", [path for path in MARKDOWN if python(path)], ids=relative)
+def test_python_runs_as_a_new_user_copies_it(path, tmp_path):
+    """In a process that has none of the settings of these tests."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", python(path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_pages_that_must_have_python():
+    assert all(python(path) for path in MUST_RUN)
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=relative)
+def test_names_exist(path):
+    """`posjax.X.Y` on a page; fields count as names of their class."""
+    for name in set(re.findall(r"\bposjax((?:\.[A-Za-z_]\w*)+)", path.read_text())):
+        functools.reduce(attribute, name[1:].split("."), importlib.import_module("posjax"))
+
+
+def attribute(owner: object, name: str) -> object:
+    if inspect.ismodule(owner) and not hasattr(owner, name):
+        return importlib.import_module(f"{owner.__name__}.{name}")
+    return getattr(owner, name)
+
+
+def test_the_first_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_one_address_of_the_repository():
+    """`pyproject.toml` has it; other files copy it."""
+    (address,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].values()
+    assert f'\nrepository-code: "{address}"\n' in (ROOT / "CITATION.cff").read_text()
+    assert f"<{address}>" in (ROOT / "README.md").read_text()
+    assert f"git clone {address} " in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def anchors(path: Path) -> set[str]:

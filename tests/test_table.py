@@ -1,33 +1,69 @@
-"""The table of all encodings, and its copy in the README."""
+"""The tables of all encodings, and docs/encodings.md, which has a copy of them."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from posjax import table
+import posjax
+from posjax import graphs, table
 from posjax.encodings import registry
-
-README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return {row.name: row for row in table.rows()}
+    return {row.name: row for row in table.encodings()}
 
 
-def test_the_readme_has_the_table(rows):
-    """`python -m posjax.table` prints what belongs between the two marks."""
-    text = README.read_text()
-    copy = text.split("<!-- table -->")[1].split("<!-- end of table -->")[0]
-    assert copy.strip() == table.markdown(list(rows.values()))
+@pytest.fixture
+def quick(monkeypatch, rows):
+    """The rows as they are: finding them takes a minute."""
+    monkeypatch.setattr(table, "encodings", lambda: list(rows.values()))
 
 
-def test_has_every_encoding_and_what_is_no_encoding(rows):
-    assert set(registry.names()) | set(registry.COMPOSITIONS) <= set(rows)
-    others = {name.rpartition(".")[0] for name in rows if name.startswith("posjax.")}
-    assert others == {"posjax.graphs", "posjax.kernelized"}
-    assert len(rows) >= 45
+@pytest.mark.usefixtures("quick")
+def test_the_page_has_the_tables():
+    """If this fails: `python -m posjax.table --write`."""
+    text = table.PAGE.read_text()
+    assert table.page(text) == text
+
+
+@pytest.mark.usefixtures("quick")
+def test_writes_the_page(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    marks = [f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("encodings", "others")]
+    page.write_text(f"before\n{'between'.join(marks)}after\n")
+    monkeypatch.setattr(table, "PAGE", page)
+    table.main(write=True)
+    text = page.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n<!-- encodings -->\n| name | in Python |")
+    assert "<!-- /encodings -->\nbetween<!-- others -->\n| in Python |" in text
+    assert text.endswith("|\n<!-- /others -->\nafter\n")
+    assert capsys.readouterr().out == f"{page}\n"
+
+
+def test_a_page_without_marks_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no marks <!-- encodings -->"):
+        table.page("text")
+    monkeypatch.setattr(table, "PAGE", tmp_path / "page.md")
+    with pytest.raises(SystemExit, match="clone of the repository"):
+        table.main(write=True)
+
+
+def test_has_every_encoding_and_other_method(rows):
+    assert set(registry.names()) | set(registry.COMPOSITIONS) == set(rows)
+    paths = {f"posjax.graphs.{name}" for name in graphs.classes()}
+    others = table.others()
+    assert {entry.code for entry in others} == paths | {"posjax.kernelized.kernelized_attention"}
+    assert all(entry.summary.endswith(".") and entry.paper for entry in others)
+    assert len(rows) + len(others) >= 45
+
+
+def test_the_code_makes_the_encoding(rows):
+    for name, row in rows.items():
+        made = eval(row.code, {"posjax": posjax})
+        assert made == registry.create(name)
+        assert type(made) is type(registry.create(name))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +98,11 @@ def test_an_implementation_that_refuses_is_not_listed(rows):
     assert rows["fire"].implementations == ("reference", "xla")
 
 
-def test_prints_json_too(capsys, monkeypatch, rows):
-    monkeypatch.setattr(table, "rows", lambda: list(rows.values()))
+@pytest.mark.usefixtures("quick")
+def test_prints_markdown_and_json(capsys, rows):
+    table.main()
+    assert capsys.readouterr().out.count("| in Python |") == 2
     table.main("json")
     printed = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in printed] == list(rows)
+    assert [row["name"] for row in printed["encodings"]] == list(rows)
+    assert {"code", "summary", "paper"} == set(printed["others"][0])
