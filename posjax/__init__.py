@@ -78,4 +78,5 @@ def __dir__() -> list[str]:
     """Everything that `__getattr__` gives, too."""
     encodings = importlib.import_module("posjax.encodings")
     lazy = {name for name, value in vars(encodings).items() if not isinstance(value, ModuleType)}
-    return sorted({*globals(), *_SUBMODULES, *(name for name in lazy if name[0] != "_")})
+    own = set(globals()) - {"Any", "ModuleType", "TYPE_CHECKING", "importlib"}
+    return sorted({*own, *_SUBMODULES, *(name for name in lazy if not name.startswith("_"))})

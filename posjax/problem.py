@@ -85,13 +85,25 @@ def _check_arrays(query: Array, key: Array, value: Array) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.shape(name, x, ("batch", "length", "heads", "head size"), empty=False)
         checks.dtype(name, x, _DTYPES)
-        same = x.dtype == query.dtype
-        checks.require(f"{name}.dtype", str(x.dtype), same, f"query's, {query.dtype}")
-    (batch, _, heads, size), (_, length, kv_heads, _) = query.shape, key.shape
-    checks.shape("key", key, (batch, length, kv_heads, size))
-    checks.shape("value", value, (batch, length, kv_heads, "head size"))
-    if heads % kv_heads:
-        raise ValueError(f"key has {kv_heads} heads; it must be a divisor of query's {heads}.")
+        if x.dtype != query.dtype:
+            raise ValueError(
+                f"{name} has dtype {x.dtype}, but query has {query.dtype}; they must be equal."
+            )
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key has shape {key.shape}, but value has {value.shape}; they must have equal batch "
+            "sizes, lengths and heads."
+        )
+    for axis, what in ((0, "batch size"), (3, "head size")):
+        if key.shape[axis] != query.shape[axis]:
+            raise ValueError(
+                f"key has {what} {key.shape[axis]}, but query has {query.shape[axis]}; they must "
+                "be equal."
+            )
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"key has {key.shape[2]} heads, which does not divide query's {query.shape[2]}."
+        )
 
 
 def _tokens(name: str, x: Array, positions: Array | None, segment_ids: Array | None) -> Tokens:
@@ -109,13 +121,13 @@ def _key_segments(
 ) -> Array | None:
     """Those of the keys; the queries' if there are equally many."""
     if of_queries is None and of_keys is not None:
-        raise ValueError("query_segment_ids is None; it must be given, as key_segment_ids is.")
+        raise ValueError("key_segment_ids is given without query_segment_ids; give both.")
     if of_queries is not None and of_keys is None:
         queries, keys = query.shape[1], key.shape[1]
         if queries != keys:
             raise ValueError(
-                "key_segment_ids is None; it must be given with query_segment_ids, because there "
-                f"are {queries} queries and {keys} keys."
+                "query_segment_ids is given without key_segment_ids, but there are "
+                f"{queries} queries and {keys} keys; give both."
             )
         return of_queries
     return of_keys

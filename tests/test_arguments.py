@@ -38,13 +38,16 @@ WRONG = {
     "mask dtype": ({"mask": zeros(2, 1, 6, 5)}, "mask has dtype float32"),
     "mask shape": (
         {"mask": zeros(2, 1, 5, 6, dtype=bool)},
-        r"mask has shape \(2, 1, 5, 6\); .* = \(2, 4, 6, 5\)",
+        r"mask has shape \(2, 1, 5, 6\); it must be \[1 or 2, 1 or 4, 6, 5\]",
     ),
-    "bias shape": ({"bias": zeros(6, 5)}, r"bias has shape \(6, 5\); .* = \(2, 4, 6, 5\)"),
+    "bias shape": (
+        {"bias": zeros(6, 5)},
+        r"bias has shape \(6, 5\); it must be \[1 or 2, 1 or 4, 6, 5\]",
+    ),
     "bias dtype": ({"bias": zeros(1, 1, 6, 5, dtype=jnp.int32)}, "bias has dtype int32"),
     "positions shape": (
         {"query_positions": jnp.arange(5)},
-        r"query_positions has shape \(1, 5\); it must be \(6,\)",
+        r"query_positions has shape \(5,\); it must be \[6\] or \[1 or 2, 6\]",
     ),
     "positions dtype": ({"key_positions": zeros(5)}, "key_positions has dtype float32"),
     "one segment": ({"query_segment_ids": zeros(2, 6, dtype=jnp.int32)}, "6 queries and 5 keys"),
@@ -73,7 +76,7 @@ WRONG = {
     ),
     "gate bias": (
         {"bias": ContextualBias(TABLE, None, zeros(3)), "is_causal": True},
-        r"gate_bias has shape \(3,\); it must be \(\) or \(4,\)",
+        r"gate_bias has shape \(3,\); it must be \[\] or \[4\]",
     ),
     "direction": (
         {"bias": ContextualBias(TABLE, direction="left"), "is_causal": True},
@@ -89,7 +92,7 @@ WRONG = {
     ),
     "relative positions": (
         {"bias": RelativeBias(linear, jnp.ones(4), jnp.arange(5)[None])},
-        r"RelativeBias.query_positions has shape \(1, 5\); it must be \[B or 1, 6\]",
+        r"RelativeBias.query_positions has shape \(1, 5\); it must be \[1 or 2, 6\]",
     ),
 }
 

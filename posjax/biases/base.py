@@ -29,7 +29,7 @@ from posjax import checks
 from posjax.axes import HEADS, Lettered, added_at, block_of, padded
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
 
-__all__ = ["ArrayBias", "Bias", "Tile", "as_bias", "parts_of"]
+__all__ = ["ArrayBias", "Bias", "Tile", "as_bias", "check_positions", "parts_of"]
 
 
 class Tile(NamedTuple):
@@ -140,6 +140,18 @@ class Bias(Lettered, abc.ABC):
         Called on the device that has the part, after `can_split_heads`.
         """
         return self.map_parts(lambda inner: inner.own_heads(part, parts))
+
+
+def check_positions(bias: Any, query: Array, key: Array) -> None:
+    """Checks the fields query_positions and key_positions, if the description has its own."""
+    for name, (batch, length) in (
+        ("query_positions", query.shape[:2]),
+        ("key_positions", key.shape[:2]),
+    ):
+        positions = getattr(bias, name)
+        if positions is not None:
+            sizes = (1, batch) if batch != 1 else 1
+            checks.shape(f"{type(bias).__name__}.{name}", positions, (sizes, length))
 
 
 def parts_of(bias: Bias) -> list[Bias]:

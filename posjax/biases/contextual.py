@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.base import Bias
 from posjax.types import Array, Bool, Float, Num
 
@@ -114,26 +115,15 @@ class ContextualBias(Bias):
     def check(self, query, key, is_causal):
         """Shapes of table and gates; a direction must be named where attention is not causal."""
         _, _, heads, size = query.shape
-        table = self.table.shape
-        if len(table) not in (2, 3) or table[-1] != size or table[:-2] not in ((), (heads,)):
-            raise ValueError(
-                f"table has shape {table}; it must be [P, {size}] or [{heads}, P, {size}]."
-            )
-        if table[-2] < 2:
-            raise ValueError(f"table has {table[-2]} positions; P must be at least 2.")
+        checks.shape("table", self.table, ("P", size), (heads, "P", size))
+        if self.num_positions < 2:
+            raise ValueError(f"table has {self.num_positions} positions; P must be at least 2.")
         if self.gate_key is not None:
-            got = self.gate_key.shape
-            if len(got) != 4 or (*got[:2], got[3]) != (*key.shape[:2], size) or heads % got[2]:
-                want = f"[{key.shape[0]}, {key.shape[1]}, M, {size}] with M dividing {heads}"
-                raise ValueError(f"gate_key has shape {got}; it must be {want}.")
-        if self.gate_bias is not None and jnp.shape(self.gate_bias) not in ((), (heads,)):
-            raise ValueError(
-                f"gate_bias has shape {jnp.shape(self.gate_bias)}; it must be () or ({heads},)."
-            )
-        if self.direction not in (None, "backward", "forward"):
-            raise ValueError(
-                f'direction is {self.direction!r}; it must be None, "backward" or "forward".'
-            )
+            divisors = tuple(m for m in range(1, heads + 1) if heads % m == 0)
+            checks.shape("gate_key", self.gate_key, (*key.shape[:2], divisors, size))
+        if self.gate_bias is not None:
+            checks.shape("gate_bias", jnp.asarray(self.gate_bias), (), (heads,))
+        checks.choice("direction", self.direction, ("backward", "forward"), optional=True)
         if not is_causal and self.direction is None:
             raise ValueError(
                 "a contextual bias counts keys between key and query, which needs "

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias
+from posjax import checks
+from posjax.biases.base import Bias, check_positions
 from posjax.types import Array, Float, Num
 
 __all__ = ["GroupedBias"]
@@ -55,20 +56,10 @@ class GroupedBias(Bias):
 
     def check(self, query, key, is_causal):
         """Features like query and key, positions for each of them, causal attention."""
-        shapes = {
-            "query_features": (self.query_features.shape, query.shape),
-            "key_features": (self.key_features.shape, key.shape),
-        }
-        for name, (got, want) in shapes.items():
-            if got != want:
-                raise ValueError(f"GroupedBias.{name} has shape {got}; it must be {want}.")
-        for name, x in (("query_positions", query), ("key_positions", key)):
-            got, (batch, length) = getattr(self, name).shape, x.shape[:2]
-            if got not in ((batch, length), (1, length)):
-                want = f"[{batch} or 1, {length}]"
-                raise ValueError(f"GroupedBias.{name} has shape {got}; it must be {want}.")
-        if self.window < 1:
-            raise ValueError(f"GroupedBias.window is {self.window}; it must be at least 1.")
+        checks.shape("GroupedBias.query_features", self.query_features, query.shape)
+        checks.shape("GroupedBias.key_features", self.key_features, key.shape)
+        check_positions(self, query, key)
+        checks.integer("GroupedBias.window", self.window, low=1)
         if not is_causal:
             raise ValueError(
                 "GroupedBias groups keys before the query, which needs is_causal=True."

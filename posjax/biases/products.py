@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias, Tile
+from posjax import checks
+from posjax.biases.base import Bias, Tile, check_positions
 from posjax.types import Array, Float, Num
 
 __all__ = ["ProductBias", "SinusoidBias", "sinusoid_frequencies"]
@@ -70,8 +71,8 @@ class ProductBias(Bias):
         if len(g) != 4 or g[0] != f[0] or g[1] != keys or f[2] % g[2] or g[3] != f[3]:
             wanted = f"[{f[0]}, {keys}, M, {f[3]}] with M dividing {f[2]}"
             raise ValueError(f"key_features has shape {g}; it must be {wanted}.")
-        if self.factor is not None and self.factor.shape not in ((), (heads,)):
-            raise ValueError(f"factor has shape {self.factor.shape}; it must be () or ({heads},).")
+        if self.factor is not None:
+            checks.shape("factor", jnp.asarray(self.factor), (), (heads,))
 
 
 @jax.tree_util.register_dataclass
@@ -139,17 +140,13 @@ class SinusoidBias(Bias):
     def check(self, query, key, is_causal):
         """Shapes of the trained arrays."""
         batch, _, heads, size = query.shape
-        kernel = self.kernel.shape
-        if len(kernel) != 3 or kernel[0] % 2 or kernel[1:] != (heads, size):
-            raise ValueError(
-                f"kernel has shape {kernel}; it must be [D, {heads}, {size}] with an even D."
-            )
-        if self.query_bias.shape != (heads, size):
-            got = self.query_bias.shape
-            raise ValueError(f"query_bias has shape {got}; it must be [{heads}, {size}].")
-        wanted = (batch, key.shape[1], heads)
-        if self.key_logits is not None and self.key_logits.shape != wanted:
-            raise ValueError(f"key_logits has shape {self.key_logits.shape}; it must be {wanted}.")
+        checks.shape("kernel", self.kernel, ("D", heads, size))
+        width = self.kernel.shape[0]
+        checks.require("kernel.shape[0]", width, width % 2 == 0, "even")
+        checks.shape("query_bias", self.query_bias, (heads, size))
+        if self.key_logits is not None:
+            checks.shape("key_logits", self.key_logits, (batch, key.shape[1], heads))
+        check_positions(self, query, key)
 
     def _waves(self, distance: Num[Array, "#B t"]) -> tuple[Array, Array]:
         """Sines and cosines of a distance, [B, t, D / 2] each."""

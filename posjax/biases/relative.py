@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias
+from posjax.biases.base import Bias, check_positions
 from posjax.types import Array, Num, PyTree
 
 __all__ = ["RelativeBias"]
@@ -51,12 +51,7 @@ class RelativeBias(Bias):
 
     def check(self, query, key, is_causal):
         """The function must give [B or 1, N, T, S]; own positions must match T and S."""
-        for name, length in (("query_positions", query.shape[1]), ("key_positions", key.shape[1])):
-            value = getattr(self, name)
-            if value is not None and (value.ndim != 2 or value.shape[1] != length):
-                raise ValueError(
-                    f"RelativeBias.{name} has shape {value.shape}; it must be [B or 1, {length}]."
-                )
+        check_positions(self, query, key)
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         got = jax.eval_shape(self.function, self.params, one, one).shape
         if len(got) != 4 or got[1] not in (1, query.shape[2]):

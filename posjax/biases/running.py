@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.base import Bias, Tile
 from posjax.types import Array, Bool, Float
 
@@ -98,9 +99,7 @@ class ForgettingBias(_RunningSum):
 
     def check(self, query, key, is_causal):
         """One gate for each key and query head; causal attention."""
-        want = (query.shape[0], key.shape[1], query.shape[2])
-        if self.log_gates.shape != want:
-            raise ValueError(f"log_gates has shape {self.log_gates.shape}; it must be {want}.")
+        checks.shape("log_gates", self.log_gates, (query.shape[0], key.shape[1], query.shape[2]))
         _check_causal("forget gates fade keys", is_causal)
 
 

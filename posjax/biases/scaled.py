@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.base import Bias, Tile
 from posjax.types import Array, Num
 
@@ -91,8 +92,7 @@ class ScaledBias(Bias):
     def check(self, query, key, is_causal):
         """The inner description checks itself; it must use a softmax."""
         for name in ("factor", "query_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"ScaledBias.{name} is {getattr(self, name)}; it must be above 0.")
+            checks.number(f"ScaledBias.{name}", getattr(self, name), above=0)
         if not self.uses_softmax:
             inner = type(self.bias).__name__
             raise ValueError(f"{inner} has no softmax, so its logits cannot be scaled.")

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posjax.biases.base import Bias, Tile
+from posjax import checks
+from posjax.biases.base import Bias, Tile, check_positions
 from posjax.types import Array, Float, Num
 
 __all__ = ["ClippedTableBias", "MultiplierBias", "look_up"]
@@ -84,14 +85,12 @@ class _ByDistance(Bias):
         heads, size = query.shape[2:]
         rows = sum(self.clip) + 1
         for name in names:
-            table = getattr(self, name)
-            if table is None:
-                continue
-            if table.shape not in ((rows, size), (heads, rows, size)):
-                wanted = f"[{rows}, {size}] or [{heads}, {rows}, {size}]"
-                raise ValueError(
-                    f"{name} has shape {table.shape}; with clip={self.clip} and these "
-                    f"queries it must be {wanted}."
+            if getattr(self, name) is not None:
+                checks.shape(
+                    f"{name} with clip={self.clip}",
+                    getattr(self, name),
+                    (rows, size),
+                    (heads, rows, size),
                 )
 
     def _check_key(self, key: Array, reason: str) -> None:
@@ -162,7 +161,8 @@ class ClippedTableBias(_ByDistance):
 
     def check(self, query, key, is_causal):
         """Shapes of the tables, and the keys where they are needed."""
-        _check_clip(self.clip)
+        checks.integers("clip", self.clip, count=2, low=0)
+        check_positions(self, query, key)
         self._check_tables(query, "query_table", "key_table", "value_table")
         if self.key_table is not None:
             self._check_key(key, "key_table multiplies keys")
@@ -222,17 +222,18 @@ class MultiplierBias(_ByDistance):
 
     def check(self, query, key, is_causal):
         """Shape of the multipliers, and the keys where they are needed."""
-        _check_clip(self.clip)
+        checks.integers("clip", self.clip, count=2, low=0)
+        check_positions(self, query, key)
         if self.absolute and self.clip[0]:
             raise ValueError(f"clip is {self.clip}; its first number must be 0 with absolute=True.")
         if self.by_channel:
             self._check_tables(query, "multipliers")
             self._check_key(key, "by_channel=True multiplies channels of keys")
-        elif self.multipliers.shape != (query.shape[2], sum(self.clip) + 1):
-            wanted = f"[{query.shape[2]}, {sum(self.clip) + 1}]"
-            got = self.multipliers.shape
-            raise ValueError(
-                f"multipliers has shape {got}; with clip={self.clip} it must be {wanted}."
+        else:
+            checks.shape(
+                f"multipliers with clip={self.clip}",
+                self.multipliers,
+                (query.shape[2], sum(self.clip) + 1),
             )
 
     def _over_channels(self, relative: Array, query: Array) -> Float[Array, "B N t s"]:
@@ -252,11 +253,6 @@ class MultiplierBias(_ByDistance):
 
         total = jnp.zeros((*query.shape[1:], key.shape[2]), jnp.float32)
         return jax.lax.scan(step, total, (query, key, table))[0]
-
-
-def _check_clip(clip: tuple[int, int]) -> None:
-    if len(clip) != 2 or min(clip) < 0:
-        raise ValueError(f"clip is {clip}; it must be two numbers of 0 or more.")
 
 
 def _times_table(letters: str, x: Array, table: Array) -> Float[Array, "B N t P"]:

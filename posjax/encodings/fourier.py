@@ -94,7 +94,7 @@ class Fourier(PositionEncoding):
         )
         axes = 1 if self.grid is None else len(self.grid)
         wanted = f"a divisor of the number of coordinates, {axes}"
-        checks.require("LearnableFourier groups", self.groups, axes % self.groups == 0, wanted)
+        checks.require("Fourier groups", self.groups, axes % self.groups == 0, wanted)
         super().__post_init__()
 
     @classmethod

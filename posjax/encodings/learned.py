@@ -113,7 +113,7 @@ class Learned(PositionEncoding):
         if self.interpolate_to is not None:
             longer = self.interpolate_to > self.max_length
             wanted = f"above max_length = {self.max_length}, or None"
-            checks.require("LearnedAbsolute interpolate_to", self.interpolate_to, longer, wanted)
+            checks.require("Learned interpolate_to", self.interpolate_to, longer, wanted)
         super().__post_init__()
 
     @classmethod

@@ -144,11 +144,11 @@ def _place(relative: Array, max_distance: int) -> Int[Array, "*shape"]:
 def _all_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
     """The buckets of the relative positions -max_distance ... max_distance."""
     least, step = (4, 2) if bidirectional else (2, 1)
-    checks.integer("T5Bias num_buckets", num_buckets, low=least, multiple_of=step)
+    checks.integer("T5 num_buckets", num_buckets, low=least, multiple_of=step)
     side = num_buckets // 2 if bidirectional else num_buckets
     exact = side // 2
     wanted = f"above {exact}, the distances with a bucket of their own"
-    checks.require("T5Bias max_distance", max_distance, max_distance > exact, wanted)
+    checks.require("T5 max_distance", max_distance, max_distance > exact, wanted)
     distance = np.arange(max_distance + 1)
     edges = [_edge(step, side - exact, exact, max_distance) for step in range(1, side - exact)]
     before = np.minimum(distance, exact) + np.searchsorted(edges, distance, side="right")

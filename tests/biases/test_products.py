@@ -132,12 +132,12 @@ def bad(name, shape):
 @pytest.mark.parametrize(
     ("bias", "words"),
     [
-        (bad("kernel", (5, 4, 3)), r"kernel has shape \(5, 4, 3\); it must be \[D, 4, 3\] with an"),
+        (bad("kernel", (5, 4, 3)), r"kernel.shape\[0\] is 5; it must be even"),
         (bad("kernel", (6, 2, 3)), r"kernel has shape \(6, 2, 3\)"),
         (bad("query_bias", (3,)), r"query_bias has shape \(3,\); it must be \[4, 3\]"),
         (
             bad("key_logits", (2, 11, 2)),
-            r"key_logits has shape \(2, 11, 2\); it must be \(2, 11, 4",
+            r"key_logits has shape \(2, 11, 2\); it must be \[2, 11, 4\]",
         ),
         (
             ProductBias(jnp.ones((2, 11, 2, 5)), jnp.ones((2, 11, 2, 5))),
@@ -149,7 +149,7 @@ def bad(name, shape):
         ),
         (
             ProductBias(jnp.ones((2, 11, 1, 5)), jnp.ones((2, 11, 1, 5)), jnp.ones(3)),
-            r"factor has shape \(3,\); it must be \(\) or \(4,\)",
+            r"factor has shape \(3,\); it must be \[\] or \[4\]",
         ),
     ],
 )

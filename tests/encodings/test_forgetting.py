@@ -94,6 +94,6 @@ def test_bad_settings(settings, words):
 def test_bad_gates():
     q = jnp.ones((1, 3, 2, 4))
     with pytest.raises(
-        ValueError, match=r"log_gates has shape \(1, 3, 1\); it must be \(1, 3, 2\)"
+        ValueError, match=r"log_gates has shape \(1, 3, 1\); it must be \[1, 3, 2\]"
     ):
         dot_product_attention(q, q, q, ForgettingBias(jnp.zeros((1, 3, 1))), is_causal=True)
