@@ -1,14 +1,22 @@
 """Attention as Pallas kernels for TPUs.
 
-| module       | what                                                             |
-|--------------|------------------------------------------------------------------|
-| support      | the problems that they can solve                                 |
-| attention    | entry: layout, gradients by `jax.custom_vjp`                     |
-| plan         | static settings; which blocks of keys each block of queries sees |
-| counting     | tile mathematics of Contextual Position Encoding                 |
-| tiles        | tile mathematics of plain attention                              |
-| forward      | the forward kernel                                               |
-| backward     | the backward kernel                                              |
+| module            | content                                                               |
+|-------------------|-----------------------------------------------------------------------|
+| support           | the problems that they can solve                                      |
+| attention         | entry: layout, gradients by `jax.custom_vjp`                          |
+| plan              | static settings                                                       |
+| arrays            | the arrays that the kernels read and write                            |
+| layout            | their shapes and blocks                                               |
+| forward           | the forward kernel: grid and walk over the keys                       |
+| forward_step      | its scratch memory; online softmax of one tile                        |
+| forward_pipeline  | its tiles that count, as a pipeline                                   |
+| backward          | the backward kernel: grid and walk over the keys                      |
+| backward_step     | its scratch memory; gradients of one tile                             |
+| backward_pipeline | its tiles that count, as a pipeline                                   |
+| tiles             | tile mathematics of attention                                         |
+| counting, tables  | tile mathematics of Contextual Position Encoding: counts, interpolation |
+| relative          | tile mathematics of biases of the distance                            |
+| registers         | arrays one register wide                                              |
 """
 
 from posjax.kernels.blocks import TpuBlocks

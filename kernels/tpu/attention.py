@@ -15,11 +15,12 @@ from posjax.kernels.common import LOG2E
 from posjax.kernels.padding import padded, same_heads
 from posjax.kernels.parts import contextual, relatives
 from posjax.kernels.ranges import Ranges, walk_ranges
-from posjax.kernels.tpu import counting, relative
+from posjax.kernels.tpu import relative
+from posjax.kernels.tpu.arrays import Gradients, Inputs, Outputs, Residuals
 from posjax.kernels.tpu.backward import backward
+from posjax.kernels.tpu.backward_step import gradient_scale
 from posjax.kernels.tpu.forward import forward
-from posjax.kernels.tpu.gradients import unit
-from posjax.kernels.tpu.plan import LANES, Contextual, Plan, interleave
+from posjax.kernels.tpu.plan import LANES, CopePlan, Plan, interleave
 from posjax.masks import Mask
 from posjax.problem import Problem
 from posjax.types import Array, Num
@@ -61,33 +62,34 @@ def run(problem: Problem, blocks: TpuBlocks | None = None) -> Num[Array, "B T N 
         is_causal=mask.is_causal,
         window=mask.window,
         segments=mask.query.segment_ids is not None,
-        contextual=_contextual(query, bias, scale, blocks),
+        cope=_cope_plan(query, bias, scale, blocks),
         relative=bool(by_distance),
     )
-    numbers = walk_ranges(mask, blocks.query, blocks.key)
+    ranges = walk_ranges(mask, blocks.query, blocks.key)
     arrays = same_heads(_heads_first(plan, padding, query, key, value, bias), axis=1)
     arrays |= {} if bias is None else _tables(plan, bias, query.shape[2])
     if by_distance:
         lengths = length + padding[0], keys + padding[1]
         arrays["strips"] = relative.strips(by_distance, positions, plan, *lengths)
-    output = _attention(plan, numbers.batch, arrays, numbers.flat, _sides(plan, mask))
+    inputs = Inputs(**arrays, **_sides(plan, mask))
+    output = _attention(plan, ranges.batch, inputs, ranges.flat)
     return jnp.swapaxes(output, 1, 2)[:, :length]
 
 
-def _contextual(
+def _cope_plan(
     query: Array, bias: ContextualBias | None, scale: float, blocks: TpuBlocks
-) -> Contextual | None:
+) -> CopePlan | None:
     if bias is None:
         return None
     narrow = query.dtype == jnp.bfloat16
     fits = bias.num_positions + blocks.key // LANES <= LANES
-    return Contextual(
+    return CopePlan(
         positions=bias.num_positions,
         gate_scale=scale if bias.gate_scale is None else bias.gate_scale,
         packed=fits and narrow,
         newton=narrow and tpu_generation() in (4, 5),
         own_gate_key=bias.gate_key is not None,
-        gate_bias=bias.gate_bias is not None,
+        has_gate_bias=bias.gate_bias is not None,
     )
 
 
@@ -121,64 +123,67 @@ def _tables(plan: Plan, bias: ContextualBias, heads: int) -> dict[str, Array]:
 
 def _sides(plan: Plan, mask: Mask) -> dict[str, Array]:
     """Positions and segments as the kernels read them, [B or 1, 1, length]."""
-    fields = {"positions": mask.query.positions, "segments": mask.query.segment_ids}
-    of_keys = {"positions": mask.key.positions, "segments": mask.key.segment_ids}
-    wanted = [name for name in fields if name == "positions" or plan.segments]
-    wanted = wanted if plan.restricted else []
-    sides = {f"query_{name}": fields[name][:, None] for name in wanted}
-    return sides | {f"key_{name}": interleave(of_keys[name], 1, plan)[:, None] for name in wanted}
+    if not plan.restricted:
+        return {}
+    of_query = lambda x: x[:, None]  # noqa: E731
+    of_key = lambda x: interleave(x, 1, plan)[:, None]  # noqa: E731
+    sides = {
+        "query_positions": of_query(mask.query.positions),
+        "key_positions": of_key(mask.key.positions),
+    }
+    if plan.segments:
+        sides["query_segments"] = of_query(mask.query.segment_ids)
+        sides["key_segments"] = of_key(mask.key.segment_ids)
+    return sides
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(plan: Plan, rows: int, arrays: dict, numbers: Array, sides: dict) -> Array:
-    return _attention_fwd(plan, rows, arrays, numbers, sides)[0]
+def _attention(plan: Plan, rows: int, inputs: Inputs, range_table: Array) -> Array:
+    return _attention_fwd(plan, rows, inputs, range_table)[0]
 
 
-def _attention_fwd(plan: Plan, rows: int, arrays: dict, numbers: Array, sides: dict):
-    ranges = Ranges(numbers, rows, arrays["query"].shape[2] // plan.blocks.query)
-    inputs = arrays | sides
-    if plan.contextual is not None:
-        inputs["lower"] = counting.triangle()
-    found = forward(plan, ranges, inputs)
-    return found["output"], (arrays, numbers, sides, found)
+def _attention_fwd(plan: Plan, rows: int, inputs: Inputs, range_table: Array):
+    ranges = Ranges(range_table, rows, inputs.query.shape[2] // plan.blocks.query)
+    outputs = forward(plan, ranges, inputs)
+    return outputs.output, (inputs, range_table, outputs)
 
 
-def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
-    arrays, numbers, sides, found = residuals
-    ranges = Ranges(numbers, rows, cotangent.shape[2] // plan.blocks.query)
-    output = found["output"].astype(jnp.float32)
-    if "rest" in found:
-        output += found["rest"].astype(jnp.float32)
-    products = cotangent.astype(jnp.float32) * output
-    inputs = arrays | sides | {"cotangent": cotangent, "lse": found["lse"]}
-    inputs["delta"] = jnp.sum(products, axis=3)[:, :, None]
-    if plan.contextual is not None:
-        lower = counting.triangle()
-        inputs |= {
-            "carries": found["carries"],
-            "lower": lower,
-            "upper": counting.triangle(ahead=True),
-        }
-    grads = backward(plan, ranges, inputs)
-    for name in ("key", "value", "gate_key"):
-        if name in grads:
-            grads[name] = jnp.swapaxes(grads[name], 2, 3)
-    for name in ("query", "key", "gate_key"):
-        if name in grads:
-            grads[name] *= unit(plan)
-    return {name: _like(x, name, grads[name]) for name, x in arrays.items()}, None, None
+def _attention_bwd(plan: Plan, rows: int, kept: tuple[Inputs, Array, Outputs], cotangent: Array):
+    inputs, range_table, outputs = kept
+    ranges = Ranges(range_table, rows, cotangent.shape[2] // plan.blocks.query)
+    output = outputs.output.astype(jnp.float32)
+    if outputs.output_residual is not None:
+        output += outputs.output_residual.astype(jnp.float32)
+    delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=3)[:, :, None]
+    residuals = Residuals(cotangent, outputs.lse, delta, outputs.carries)
+    gradients = backward(plan, ranges, inputs, residuals)
+    return _finished(inputs, gradients, gradient_scale(plan)), None
 
 
-def _like(x: Array, name: str, gradient: Array) -> Array:
-    """A gradient added up over what the array was shared by."""
-    if name in ("table", "gate_bias"):
-        gradient = jnp.sum(gradient, axis=0)
-    if name == "table" and x.shape[0] == 1:
-        gradient = jnp.sum(gradient, axis=0, keepdims=True)
-    if name == "strips":
-        shared = tuple(axis for axis in (0, 1) if x.shape[axis] == 1)
-        gradient = jnp.sum(gradient, axis=shared, keepdims=True)
-    return gradient.astype(x.dtype)
+def _finished(inputs: Inputs, gradients: Gradients, scale: float) -> Inputs:
+    """The gradients in the layouts and dtypes of the inputs, added up over what shares these."""
+    swapped = lambda x: None if x is None else jnp.swapaxes(x, 2, 3)  # noqa: E731
+    scaled = lambda x: None if x is None else x * scale  # noqa: E731
+    summed = lambda x, axes: jnp.sum(x, axis=axes, keepdims=True)  # noqa: E731
+    table, gate_bias, strips = gradients.table, gradients.gate_bias, gradients.strips
+    if table is not None:
+        table = jnp.sum(table, axis=0)
+        table = summed(table, 0) if inputs.table.shape[0] == 1 else table
+    if gate_bias is not None:
+        gate_bias = jnp.sum(gate_bias, axis=0)
+    if strips is not None:
+        strips = summed(strips, tuple(axis for axis in (0, 1) if inputs.strips.shape[axis] == 1))
+    finished = Inputs(
+        query=scaled(gradients.query),
+        key=scaled(swapped(gradients.key)),
+        value=swapped(gradients.value),
+        gate_key=scaled(swapped(gradients.gate_key)),
+        table=table,
+        gate_bias=gate_bias,
+        strips=strips,
+    )
+    pairs = zip(finished, inputs, strict=True)
+    return Inputs(*(x if x is None else x.astype(like.dtype) for x, like in pairs))
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -1,8 +1,9 @@
-"""Tile mathematics of Contextual Position Encoding on registers.
+"""Counts of Contextual Position Encoding and the gradient of its table, on registers.
 
 Keys are interleaved: chunk c of a tile holds, in lane l, key l * C + c. Counts p grow leftwards, so
 within a lane they fall from the first chunk to the last, and lanes follow each other. Everything
-here is about p - 1/2, called `place`: its nearest whole number is the row of the table below p.
+here is about the place p - `PLACE_OFFSET`, whose nearest whole number is the row of the table below
+p. "Behind" a lane are the lanes with higher numbers, which hold keys further to the right.
 """
 
 import functools
@@ -16,31 +17,32 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.tpu.plan import LANES
 from posjax.kernels.tpu.registers import (
-    added,
     first_lane,
     join,
     lane_gather,
     last_lane,
     matmul,
-    rolled,
+    roll_lanes,
+    sum_chunks,
 )
 from posjax.types import Array, Float, Int, Num
 
 __all__ = [
-    "HALF",
-    "LaneSums",
+    "PLACE_OFFSET",
+    "LaneMoments",
     "crossings",
-    "exclusive",
+    "exclusive_sum",
     "gate",
-    "hinges",
-    "own_sum",
+    "lane_ramp_sum",
     "places",
-    "prefixes",
+    "prefix_sums",
+    "ramp_sums",
     "second_differences",
     "triangle",
 ]
 
-HALF = 0.5
+# Count less place.
+PLACE_OFFSET = 0.5
 # jax 0.11 has moved it.
 _reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
 # 2^-64 is a gate that counts nothing, and 2^64 has a reciprocal.
@@ -61,7 +63,7 @@ def gate(exponent: Float[Array, "t 128"], newton: bool) -> Float[Array, "t 128"]
 
 
 def triangle(ahead: bool = False) -> Num[Array, "128 128"]:
-    """What `exclusive` multiplies by: for each lane 1 in the rows of the lanes behind it.
+    """The matrix by which `exclusive_sum` adds up the lanes behind each lane.
 
     Args:
         ahead: the lanes before it instead.
@@ -70,15 +72,18 @@ def triangle(ahead: bool = False) -> Num[Array, "128 128"]:
     return jnp.triu(ones, 1) if ahead else jnp.tril(ones, -1)
 
 
-def exclusive(x: Float[Array, "t 128"], behind: Num[Array, "128 128"]) -> Float[Array, "t 128"]:
-    """The sum of the lanes behind each lane, to float32: x as a sum of three of bfloat16.
+def exclusive_sum(
+    x: Float[Array, "t 128"], triangle: Num[Array, "128 128"]
+) -> Float[Array, "t 128"]:
+    """The sum of the lanes behind (or before) each lane, exact to float32.
 
-    Three products, because small parts would be lost in the running sum of large ones.
+    x is a sum of three of bfloat16, each with a product of its own, because small parts would be
+    lost in the running sum of large ones.
     """
     high = _upper_half(x)
     middle = _upper_half(x - high)
     low = (x - high) - middle
-    sums = [matmul(part.astype(jnp.bfloat16), behind) for part in (low, middle, high)]
+    sums = [matmul(part.astype(jnp.bfloat16), triangle) for part in (low, middle, high)]
     return (sums[0] + sums[1]) + sums[2]
 
 
@@ -94,65 +99,66 @@ def places(
     lower: Num[Array, "128 128"],
     last: float,
 ) -> tuple[list[Float[Array, "t 128"]], Float[Array, "t 128"]]:
-    """Count - 1/2 at each key, and the carry for the tile on the left.
+    """The place at each key, and the carry for the tile on the left.
 
-    What has been counted behind a lane is cut at `last`, from where on the table is 0; the lane's
-    own C gates are not, so a place is below last + C.
+    The count behind a lane is cut at `last`, from where on the table is 0; the lane's own C gates
+    are not, so a place is below last + C.
     """
-    total = added(gates)
-    behind = jnp.minimum(carry + exclusive(total, lower), last)
-    found, running = [], behind
+    total = sum_chunks(gates)
+    behind = jnp.minimum(carry + exclusive_sum(total, lower), last)
+    sums, running = [], behind
     for one in reversed(gates):
         running = running + one
-        found.append(running)
-    return found[::-1], first_lane(running)
+        sums.append(running)
+    return sums[::-1], first_lane(running)
 
 
-def prefixes(
+def prefix_sums(
     x: list[Float[Array, "t 128"]], carry: Float[Array, "t 128"], upper: Num[Array, "128 128"]
 ) -> tuple[list[Float[Array, "t 128"]], Float[Array, "t 128"]]:
     """Sums over the keys up to and with each key, and the carry for the tile on the right."""
-    total = added(x)
-    running = carry + exclusive(total, upper)
-    found = []
+    total = sum_chunks(x)
+    running = carry + exclusive_sum(total, upper)
+    sums = []
     for one in x:
         running = running + one
-        found.append(running)
-    return found, last_lane(running)
+        sums.append(running)
+    return sums, last_lane(running)
 
 
-class LaneSums(NamedTuple):
-    """What `hinges` asks of each lane's keys.
+class LaneMoments(NamedTuple):
+    """Sums over each lane's keys, from which `ramp_sums` are made.
 
     Args:
-        total: the sum of their weights.
-        moment: the sum of weight * place.
+        total: sum of the weights.
+        moment: sum of weight * place.
         lowest: the lowest place, the last chunk's.
-        own: for the m-th whole number above `lowest`, the sum of weight * max(count - it, 0).
+        ramp_sum: for the m-th whole number b above `lowest`, the sum of weight * max(count - b, 0).
     """
 
     total: Float[Array, "t 128"]
     moment: Float[Array, "t 128"]
     lowest: Float[Array, "t 128"]
-    own: Callable[[int | Array], Array]
+    ramp_sum: Callable[[int | Array], Array]
 
     @classmethod
-    def of(cls, place: list[Array], weight: list[Array]) -> "LaneSums":
+    def of(cls, place: list[Array], weight: list[Array]) -> "LaneMoments":
         """The sums of whole tiles."""
-        moment = added([w * p for w, p in zip(weight, place, strict=True)])
-        return cls(added(weight), moment, place[-1], functools.partial(own_sum, place, weight))
+        moment = sum_chunks([w * p for w, p in zip(weight, place, strict=True)])
+        ramp_sum = functools.partial(lane_ramp_sum, place, weight)
+        return cls(sum_chunks(weight), moment, place[-1], ramp_sum)
 
 
-def own_sum(
+def lane_ramp_sum(
     place: list[Float[Array, "t 128"]], weight: list[Float[Array, "t 128"]], rank: int | Array
 ) -> Float[Array, "t 128"]:
-    """See `LaneSums.own`."""
+    """`LaneMoments.ramp_sum` for whole number `rank`."""
     edge = _edge_above(place[-1]) + jnp.float32(rank)
-    return added([w * jnp.maximum(p - edge, 0.0) for w, p in zip(weight, place, strict=True)])
+    return sum_chunks([w * jnp.maximum(p - edge, 0.0) for w, p in zip(weight, place, strict=True)])
 
 
-def hinges(
-    sums: LaneSums, upper: Num[Array, "128 128"], pieces: int, times: int | Int[Array, ""]
+def ramp_sums(
+    lanes: LaneMoments, upper: Num[Array, "128 128"], pieces: int, times: int | Int[Array, ""]
 ) -> Float[Array, "t width"]:
     """Sum over keys of weight * max(count - b, 0), for b = 0 ... width - 1.
 
@@ -164,59 +170,59 @@ def hinges(
     Args:
         times: at least `crossings`.
     """
-    total, moment, last = sums.total, sums.moment, sums.lowest
-    total_before, moment_before = exclusive(total, upper), exclusive(moment, upper)
+    total, moment, last = lanes.total, lanes.moment, lanes.lowest
+    total_before, moment_before = exclusive_sum(total, upper), exclusive_sum(moment, upper)
     lane = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1)
     lowest = _edge_above(last)
-    edges = [lane.astype(jnp.float32) + (piece * LANES - HALF) for piece in range(pieces)]
-    found = [_first_lane_below(last, edge) for edge in edges]
-    parts = [
+    edges = [lane.astype(jnp.float32) + (piece * LANES - PLACE_OFFSET) for piece in range(pieces)]
+    split = [_first_lane_below(last, edge) for edge in edges]
+    sums = [
         lane_gather(moment_before, at) - edge * lane_gather(total_before, at)
-        for at, edge in zip(found, edges, strict=True)
+        for at, edge in zip(split, edges, strict=True)
     ]
-    # Where all lanes lie above b, the last one, too, counts as a whole.
+    # If all lanes lie above b, the last one, too, counts as a whole.
     whole = last_lane(moment), last_lane(total), last_lane(last)
-    parts = [
+    sums = [
         s + jnp.where(edge <= whole[2], whole[0] - edge * whole[1], 0.0)
-        for s, edge in zip(parts, edges, strict=True)
+        for s, edge in zip(sums, edges, strict=True)
     ]
-    # Which of its lane's whole numbers each b is; none where all lanes lie above it.
+    # The rank of each b among its lane's whole numbers; none if all lanes lie above it.
     ranks = [
         jnp.where(edge <= whole[2], -1.0, edge - lane_gather(lowest, at))
-        for at, edge in zip(found, edges, strict=True)
+        for at, edge in zip(split, edges, strict=True)
     ]
 
-    def add_own(rank, parts):
-        own = sums.own(rank)
+    def add_split_lane(rank, sums):
+        ramp_sum = lanes.ramp_sum(rank)
         return tuple(
-            s + jnp.where(mine == jnp.float32(rank), lane_gather(own, at), 0.0)
-            for s, mine, at in zip(parts, ranks, found, strict=True)
+            s + jnp.where(mine == jnp.float32(rank), lane_gather(ramp_sum, at), 0.0)
+            for s, mine, at in zip(sums, ranks, split, strict=True)
         )
 
     if isinstance(times, int):
         for rank in range(times):
-            parts = add_own(rank, parts)
+            sums = add_split_lane(rank, sums)
     else:
-        parts = jax.lax.fori_loop(0, times, add_own, tuple(parts))
-    return join(list(parts))
+        sums = jax.lax.fori_loop(0, times, add_split_lane, tuple(sums))
+    return join(list(sums))
 
 
 def crossings(
     highest: Float[Array, "t 128"], lowest: Float[Array, "t 128"], last: float
 ) -> Int[Array, ""]:
-    """How many whole numbers up to `last` the counts of one lane pass, at most."""
+    """The most whole numbers up to `last` that the counts of any lane pass."""
     return jnp.max(jnp.ceil(jnp.minimum(highest, last) - _edge_above(lowest))).astype(jnp.int32)
 
 
 def _edge_above(place: Float[Array, "t 128"]) -> Float[Array, "t 128"]:
-    """The first place at or above, whose count is a whole number."""
-    return jnp.ceil(place + HALF) - HALF
+    """The first place at or above this one whose count is a whole number."""
+    return jnp.ceil(place + PLACE_OFFSET) - PLACE_OFFSET
 
 
 def _first_lane_below(
     falling: Float[Array, "t 128"], edge: Float[Array, "t 128"]
 ) -> Int[Array, "t 128"]:
-    """How many lanes of `falling`, without the last one, are at or above each edge."""
+    """The number of lanes of `falling`, without the last one, at or above each edge."""
     count = jnp.zeros(edge.shape, jnp.int32)
     for step in (64, 32, 16, 8, 4, 2, 1):
         at = lane_gather(falling, count + (step - 1))
@@ -225,17 +231,17 @@ def _first_lane_below(
 
 
 def second_differences(
-    hinge: Float[Array, "t width"], total: Float[Array, "t 128"], positions: int
+    ramps: Float[Array, "t width"], total: Float[Array, "t 128"], positions: int
 ) -> Float[Array, "t width"]:
-    """The weight that falls on each entry of the table, but the last, which is 0 by definition.
+    """The weight that falls on each entry of the table except the last, which is 0 by definition.
 
     Args:
-        hinge: the sums of `hinges`.
+        ramps: the sums of `ramp_sums`.
         total: the sum of all weights, equal in all lanes.
     """
-    width = hinge.shape[1]
-    lane = jax.lax.broadcasted_iota(jnp.int32, hinge.shape, 1)
-    first = join([total] * (width // LANES)) + hinge
-    before = jnp.where(lane == 0, first, rolled(hinge, 1))
-    after = rolled(hinge, width - 1)
-    return jnp.where(lane < positions - 1, before - 2 * hinge + after, 0.0)
+    width = ramps.shape[1]
+    lane = jax.lax.broadcasted_iota(jnp.int32, ramps.shape, 1)
+    first = join([total] * (width // LANES)) + ramps
+    before = jnp.where(lane == 0, first, roll_lanes(ramps, 1))
+    after = roll_lanes(ramps, width - 1)
+    return jnp.where(lane < positions - 1, before - 2 * ramps + after, 0.0)

@@ -1,6 +1,7 @@
-"""Shapes and blocks of everything that goes into the kernels and comes out."""
+"""Shapes and blocks of the arrays that the kernels read and write."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,15 +10,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.blocks import tpu_vmem
+from posjax.kernels.tpu.arrays import Gradients, Inputs, Outputs, Residuals
 from posjax.kernels.tpu.plan import LANES, Plan
-from posjax.types import Array
+from posjax.types import Shaped
 
-__all__ = ["Indices", "Layout", "compiler_params"]
+__all__ = ["GridIndices", "Layout", "compiler_params"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Indices:
-    """What a place of the grid stands for, as functions of the grid's indices."""
+class GridIndices:
+    """Indices of batch, query head and blocks, as functions of a place of the grid."""
 
     batch: Callable
     head: Callable
@@ -41,13 +43,13 @@ class Layout:
     dtype: jnp.dtype
 
     @classmethod
-    def of(cls, plan: Plan, inputs: dict[str, Array]) -> "Layout":
+    def of(cls, plan: Plan, inputs: Inputs) -> "Layout":
         """The sizes of padded inputs."""
-        query, key, value = (inputs[name] for name in ("query", "key", "value"))
-        batch, heads, length, size = query.shape
-        sizes = (batch, heads, key.shape[1], size, value.shape[3], length, key.shape[2])
-        strips = inputs["strips"].shape[2:] if plan.relative else None
-        return cls(plan, *sizes, strips, query.dtype)
+        batch, heads, length, size = inputs.query.shape
+        _, kv_heads, key_length, value_size = inputs.value.shape
+        strips = inputs.strips.shape[2:] if plan.relative else None
+        sizes = (batch, heads, kv_heads, size, value_size, length, key_length)
+        return cls(plan, *sizes, strips, inputs.query.dtype)
 
     @property
     def groups(self) -> int:
@@ -79,90 +81,124 @@ class Layout:
         """Registers side by side with one lane for each block of keys."""
         return -(-self.key_blocks // LANES)
 
-    def input_specs(self, inputs: dict[str, Array], at: Indices) -> dict[str, pl.BlockSpec]:
-        """One block specification for each input."""
-        return {name: self._spec(name, x.shape, at) for name, x in inputs.items()}
+    def _spec(self, at: GridIndices, axes: str, array: Shaped | None) -> pl.BlockSpec | None:
+        """The block of an array at a place of the grid.
 
-    def _spec(self, name: str, whole: tuple[int, ...], at: Indices) -> pl.BlockSpec:
-        rows, memory = self.plan.blocks.query, self.plan.blocks.memory
-        own = lambda batch: (lambda *g: at.batch(*g)) if batch > 1 else (lambda *g: 0)  # noqa: E731
-        kv_head = lambda *g: at.head(*g) // self.groups  # noqa: E731
-        if name in ("query", "cotangent", "output", "rest"):
-            shape, index = (None, None, rows, whole[3]), (at.batch, at.head, at.query, None)
-        elif name in ("key", "value", "gate_key"):
-            shape, index = (None, None, memory, whole[3]), (at.batch, kv_head, at.memory, None)
-        elif name in ("lse", "delta"):
-            shape, index = (None, None, 1, rows), (at.batch, at.head, None, at.query)
-        elif name == "carries":
-            shape, index = (None, None, whole[2], rows), (at.batch, at.head, None, at.query)
-        elif name.startswith("query_"):
-            shape, index = (None, 1, rows), (own(whole[0]), None, at.query)
-        elif name.startswith("key_"):
-            shape, index = (None, 1, memory), (own(whole[0]), None, at.memory)
-        elif name == "strips":
-            shape = (None, None, *whole[2:])
-            index = own(whole[0]), at.head if whole[1] > 1 else None, None, None
-        elif name in ("table", "gate_bias"):
-            head = at.head if whole[0] > 1 else None
-            shape, index = (None, *whole[1:]), (head, None, None)
-        else:
-            shape, index = whole, (None,) * len(whole)
-        return pl.BlockSpec(shape, _index_map(index))
-
-    def outputs(self, at: Indices) -> dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
-        """What the forward kernel gives."""
-        lead, length = (self.batch, self.heads), self.query_length
-        shapes = {
-            "output": jax.ShapeDtypeStruct((*lead, length, self.value_size), self.dtype),
-            "lse": jax.ShapeDtypeStruct((*lead, 1, length), jnp.float32),
-        }
-        if self.plan.contextual is not None and self.dtype != jnp.float32:
-            shapes["rest"] = shapes["output"]
-        if self.plan.contextual is not None:
-            carries = (*lead, self.key_blocks, length)
-            shapes["carries"] = jax.ShapeDtypeStruct(carries, jnp.float32)
-        return {name: (shape, self._spec(name, shape.shape, at)) for name, shape in shapes.items()}
-
-    def gradients(self, at: Indices) -> dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
-        """What the backward kernel gives, in float32; lengths last for keys and values.
-
-        The query's gradient stays outside the blocks: the kernel fetches it for every part of the
-        keys.
+        Args:
+            axes: letters of `posjax.types`, in which KG are the query heads of one key/value head,
+                and # marks an axis that may have size 1. Others are in the block as a whole.
         """
-        plan, memory = self.plan, self.plan.blocks.memory
-        query = (self.batch, self.heads, self.query_length, self.size)
-        outside = pl.BlockSpec(memory_space=pl.ANY)
-        found = {"query": (jax.ShapeDtypeStruct(query, jnp.float32), outside)}
+        if array is None:
+            return None
+        kv_head = lambda *grid: at.head(*grid) // self.groups  # noqa: E731
+        known = {
+            "B": (None, at.batch),
+            "N": (None, at.head),
+            "K": (None, kv_head),
+            "KG": (self.groups, kv_head),
+            "T": (self.plan.blocks.query, at.query),
+            "S": (self.plan.blocks.memory, at.memory),
+        }
+        shape, indices = [], []
+        for axis, size in zip(axes.split(), array.shape, strict=True):
+            block, index = known.get(axis.lstrip("#"), (size, None))
+            shape.append(block)
+            indices.append(None if size == 1 and axis.startswith("#") else index)
+        return pl.BlockSpec(
+            tuple(shape), lambda *grid: tuple(0 if i is None else i(*grid) for i in indices)
+        )
 
-        def add(name: str, shape: tuple, block: tuple, *index) -> None:
-            found[name] = (
-                jax.ShapeDtypeStruct(shape, jnp.float32),
-                pl.BlockSpec(block, _index_map(index)),
-            )
+    def input_specs(self, inputs: Inputs, at: GridIndices) -> Inputs:
+        """The block of each input."""
+        spec = functools.partial(self._spec, at)
+        return Inputs(
+            query=spec("B N T H", inputs.query),
+            key=spec("B K S H", inputs.key),
+            value=spec("B K S E", inputs.value),
+            gate_key=spec("B K S H", inputs.gate_key),
+            table=spec("#N width H", inputs.table),
+            gate_bias=spec("#N 1 lanes", inputs.gate_bias),
+            strips=spec("#B #N C x", inputs.strips),
+            query_positions=spec("#B 1 T", inputs.query_positions),
+            key_positions=spec("#B 1 S", inputs.key_positions),
+            query_segments=spec("#B 1 T", inputs.query_segments),
+            key_segments=spec("#B 1 S", inputs.key_segments),
+            lower_triangle=spec("lanes lanes", inputs.lower_triangle),
+        )
 
-        kv_head = lambda *g: at.head(*g) // self.groups  # noqa: E731
-        sizes = {"key": self.size, "value": self.value_size}
-        if plan.contextual is not None and plan.contextual.own_gate_key:
-            sizes["gate_key"] = self.size
-        for name, size in sizes.items():
-            shape = (self.batch, self.kv_heads, size, self.key_length)
-            add(name, shape, (None, None, size, memory), at.batch, kv_head, None, at.memory)
-        heads = {"strips": self.strips} if plan.relative else {}
-        if plan.contextual is not None:
-            heads |= {"table": (plan.pieces * LANES, self.size)}
-            heads |= {"gate_bias": (1, LANES)} if plan.contextual.gate_bias else {}
-        for name, last in heads.items():
-            shape, block = (self.batch, self.heads, *last), (None, self.groups, *last)
-            add(name, shape, block, at.batch, kv_head, None, None)
-        return found
+    def residual_specs(self, residuals: Residuals, at: GridIndices) -> Residuals:
+        """The block of each residual."""
+        spec = functools.partial(self._spec, at)
+        return Residuals(
+            cotangent=spec("B N T E", residuals.cotangent),
+            lse=spec("B N 1 T", residuals.lse),
+            delta=spec("B N 1 T", residuals.delta),
+            carries=spec("B N key_blocks T", residuals.carries),
+            upper_triangle=spec("lanes lanes", residuals.upper_triangle),
+        )
+
+    def outputs(self) -> Outputs:
+        """Shapes and dtypes of the outputs."""
+        lead, length = (self.batch, self.heads), self.query_length
+        output = jax.ShapeDtypeStruct((*lead, length, self.value_size), self.dtype)
+        lse = jax.ShapeDtypeStruct((*lead, 1, length), jnp.float32)
+        if self.plan.cope is None:
+            return Outputs(output, lse)
+        rounds = self.dtype != jnp.float32
+        carries = jax.ShapeDtypeStruct((*lead, self.key_blocks, length), jnp.float32)
+        return Outputs(output, lse, output if rounds else None, carries)
+
+    def output_specs(self, outputs: Outputs, at: GridIndices) -> Outputs:
+        """The block of each output."""
+        spec = functools.partial(self._spec, at)
+        return Outputs(
+            output=spec("B N T E", outputs.output),
+            lse=spec("B N 1 T", outputs.lse),
+            output_residual=spec("B N T E", outputs.output_residual),
+            carries=spec("B N key_blocks T", outputs.carries),
+        )
+
+    def gradients(self) -> Gradients:
+        """Shapes and dtypes of the gradients."""
+        plan, cope = self.plan, self.plan.cope
+
+        def shape(heads: int, *last: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.batch, heads, *last), jnp.float32)
+
+        key = shape(self.kv_heads, self.size, self.key_length)
+        return Gradients(
+            query=shape(self.heads, self.query_length, self.size),
+            key=key,
+            value=shape(self.kv_heads, self.value_size, self.key_length),
+            gate_key=key if cope and cope.own_gate_key else None,
+            table=shape(self.heads, plan.pieces * LANES, self.size) if cope else None,
+            gate_bias=shape(self.heads, 1, LANES) if cope and cope.has_gate_bias else None,
+            strips=shape(self.heads, *self.strips) if plan.relative else None,
+        )
+
+    def gradient_specs(self, gradients: Gradients, at: GridIndices) -> Gradients:
+        """The block of each gradient.
+
+        The query's has none: the kernel fetches what it needs for every part of the keys.
+        """
+        spec = functools.partial(self._spec, at)
+        return Gradients(
+            query=pl.BlockSpec(memory_space=pl.ANY),
+            key=spec("B K H S", gradients.key),
+            value=spec("B K E S", gradients.value),
+            gate_key=spec("B K H S", gradients.gate_key),
+            table=spec("B KG width H", gradients.table),
+            gate_bias=spec("B KG 1 lanes", gradients.gate_bias),
+            strips=spec("B KG C x", gradients.strips),
+        )
 
     def cost(self, products: int) -> pl.CostEstimate:
-        """`products` matrix products of all pairs, halved where attention is causal."""
+        """`products` matrix products of all pairs, halved if attention is causal."""
         pairs = self.batch * self.heads * self.query_length * self.key_length
         pairs //= 2 if self.plan.is_causal else 1
         width = jnp.dtype(self.dtype).itemsize
         rows = self.batch * (self.heads * self.query_length + self.kv_heads * self.key_length)
-        exponentials = 2 if self.plan.contextual is not None else 1
+        exponentials = 2 if self.plan.cope is not None else 1
         return pl.CostEstimate(
             flops=products * pairs * (self.size + self.value_size),
             transcendentals=exponentials * pairs,
@@ -170,10 +206,6 @@ class Layout:
         )
 
 
-def _index_map(index: tuple) -> Callable:
-    return lambda *grid: tuple(0 if i is None else i(*grid) for i in index)
-
-
 def compiler_params(*semantics: str) -> pltpu.CompilerParams:
-    """Which axes of the grid may be split over cores, and the memory to use."""
+    """The compiler's settings: which axes of the grid it may split over cores, and the memory."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem())

@@ -1,4 +1,4 @@
-"""What the kernels know when they are compiled."""
+"""Static settings of the kernels."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from posjax.types import Array
 
 __all__ = [
     "LANES",
-    "Contextual",
+    "CopePlan",
     "Plan",
     "interleave",
 ]
@@ -19,11 +19,15 @@ LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Contextual:
+class CopePlan:
     """The static part of a contextual bias.
 
-    `positions` is P; `gate_scale` multiplies products of query and (gate) key; `packed` is the form
-    of the tables, see `tables`; `newton` that of the gates, see `counting.gate`.
+    Args:
+        positions: P.
+        gate_scale: factor of the products of query and (gate) key.
+        packed: the form of the tables, see `tables`.
+        newton: the form of the gates, see `counting.gate`.
+        own_gate_key: whether gates have keys of their own.
     """
 
     positions: int
@@ -31,7 +35,7 @@ class Contextual:
     packed: bool
     newton: bool
     own_gate_key: bool
-    gate_bias: bool
+    has_gate_bias: bool
 
     @property
     def last(self) -> float:
@@ -43,8 +47,9 @@ class Contextual:
 class Plan:
     """Everything static about one call; arrays are padded to whole blocks.
 
-    `queries` is the number of real queries; those behind it are padding. `relative` tells whether
-    there is a bias of the distance, see `relative`.
+    Args:
+        queries: number of real queries; those behind them are padding.
+        relative: whether there is a bias of the distance, see `relative`.
     """
 
     scale: float
@@ -53,7 +58,7 @@ class Plan:
     is_causal: bool
     window: tuple[int, int] | None
     segments: bool
-    contextual: Contextual | None
+    cope: CopePlan | None
     relative: bool = False
 
     @property
@@ -68,7 +73,7 @@ class Plan:
 
     @property
     def lane_groups(self) -> list[slice]:
-        """The same where 8 queries have one register, not one for each chunk."""
+        """Likewise for arrays in which 8 queries have one register, not one for each chunk."""
         return self._groups(self.blocks.lane_rows or self.blocks.query)
 
     def _groups(self, size: int) -> list[slice]:
@@ -82,7 +87,7 @@ class Plan:
     @property
     def pieces(self) -> int:
         """Vector registers side by side that hold a query's table: at least P + C entries."""
-        return -(-(self.contextual.positions + self.chunks) // LANES)
+        return -(-(self.cope.positions + self.chunks) // LANES)
 
 
 def interleave(x: Array, axis: int, plan: Plan) -> Array:

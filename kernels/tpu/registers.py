@@ -14,21 +14,21 @@ __all__ = [
     "NN",
     "NT",
     "TN",
-    "added",
+    "broadcast_lanes",
     "chunks",
     "first_lane",
-    "held",
-    "held_shape",
-    "hold",
+    "from_row",
     "join",
     "lane_gather",
     "last_lane",
     "matmul",
-    "over_lanes",
-    "rolled",
-    "row_of",
-    "rows_of",
-    "wide",
+    "pack_words",
+    "packed_shape",
+    "reduce_lanes",
+    "roll_lanes",
+    "sum_chunks",
+    "to_row",
+    "unpack_words",
 ]
 
 # Which axes a product sums over: a @ b, a @ b.T, a.T @ b.
@@ -36,7 +36,7 @@ NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), 
 
 
 def matmul(a: Num[Array, "_ _"], b: Num[Array, "_ _"], how: tuple = NN) -> Float[Array, "_ _"]:
-    """A product in float32; exact to float32 where the inputs are."""
+    """A product in float32; exact to float32 if the inputs are."""
     exact = a.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(a, b, how, precision=precision, preferred_element_type=jnp.float32)
@@ -52,29 +52,29 @@ def join(parts: list[Num[Array, "t 128"]]) -> Num[Array, "t s"]:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def added(parts: list[Float[Array, "t 128"]]) -> Float[Array, "t 128"]:
+def sum_chunks(parts: list[Float[Array, "t 128"]]) -> Float[Array, "t 128"]:
     """The sum of chunks, lane by lane."""
     return functools.reduce(operator.add, parts)
 
 
-def wide(x: Float[Array, "t 128"], size: int) -> Float[Array, "t size"]:
+def broadcast_lanes(x: Float[Array, "t 128"], size: int) -> Float[Array, "t size"]:
     """Numbers that are equal in all lanes, in `size` lanes."""
     whole = join([x] * -(-size // LANES))
     return whole if whole.shape[1] == size else whole[:, :size]
 
 
-def over_lanes(x: Float[Array, "t 128"], reduce) -> Float[Array, "t 128"]:
+def reduce_lanes(x: Float[Array, "t 128"], reduce) -> Float[Array, "t 128"]:
     """A reduction over the lanes, in every lane."""
     return jnp.broadcast_to(reduce(x, axis=1, keepdims=True), x.shape)
 
 
-def row_of(x: Num[Array, "t 128"]) -> Num[Array, "1 t"]:
+def to_row(x: Num[Array, "t 128"]) -> Num[Array, "1 t"]:
     """Numbers of rows, equal in all lanes, as one row."""
     return jnp.transpose(x)[:1]
 
 
-def rows_of(x: Num[Array, "1 t"]) -> Num[Array, "t 128"]:
-    """The inverse of `row_of`."""
+def from_row(x: Num[Array, "1 t"]) -> Num[Array, "t 128"]:
+    """The inverse of `to_row`."""
     return jnp.transpose(jnp.broadcast_to(x, (LANES, x.shape[1])))
 
 
@@ -105,14 +105,14 @@ def lane_gather(x: Num[Array, "t 128"], index: Int[Array, "t 128"]) -> Num[Array
     )
 
 
-def held_shape(rows: int, columns: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    """What `hold` makes of an array."""
+def packed_shape(rows: int, columns: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of `pack_words` of an array."""
     if dtype == jnp.bfloat16:
         return jax.ShapeDtypeStruct((rows // 2, columns), jnp.int32)
     return jax.ShapeDtypeStruct((rows, columns), dtype)
 
 
-def hold(x: Float[Array, "t s"], dtype: jnp.dtype) -> Num[Array, "rows s"]:
+def pack_words(x: Float[Array, "t s"], dtype: jnp.dtype) -> Num[Array, "rows s"]:
     """An array rounded to a dtype; two rows of bfloat16 in a word, as they lie in registers.
 
     In memory two registers of bfloat16 would lie half in half, and take two loads each.
@@ -121,11 +121,11 @@ def hold(x: Float[Array, "t s"], dtype: jnp.dtype) -> Num[Array, "rows s"]:
     return pltpu.bitcast(x, jnp.int32) if dtype == jnp.bfloat16 else x
 
 
-def held(x: Num[Array, "rows s"], dtype: jnp.dtype) -> Num[Array, "t s"]:
-    """The inverse of `hold`."""
+def unpack_words(x: Num[Array, "rows s"], dtype: jnp.dtype) -> Num[Array, "t s"]:
+    """The inverse of `pack_words`."""
     return pltpu.bitcast(x, dtype) if dtype == jnp.bfloat16 else x
 
 
-def rolled(x: Num[Array, "t width"], shift: int | Int[Array, ""]) -> Num[Array, "t width"]:
+def roll_lanes(x: Num[Array, "t width"], shift: int | Int[Array, ""]) -> Num[Array, "t width"]:
     """Entries moved to `shift` lanes further, in a circle."""
     return pltpu.roll(x, shift, 1)

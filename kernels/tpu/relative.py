@@ -1,6 +1,6 @@
 """Biases that depend on the distance alone, in tiles: ALiBi, T5, KERPLE, ...
 
-Where positions rise by one from token to token, a tile's bias is constant along its diagonals. With
+If positions rise by one from token to token, a tile's bias is constant along its diagonals. With
 keys interleaved (see `plan.interleave`) a tile needs few numbers: chunk c of it is a window of
 
     band[w, l] = bias at distance  w - C l + a constant of the tile          rows C - 1 - c, ...
@@ -16,6 +16,7 @@ which XLA makes from the bias's function; the gradient of the strips goes back t
 
 import jax
 import jax.numpy as jnp
+from jax import Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -24,17 +25,17 @@ from posjax.kernels.blocks import TpuBlocks
 from posjax.kernels.common import LN2
 from posjax.kernels.distances import by_distance
 from posjax.kernels.tpu.plan import LANES, Plan
-from posjax.kernels.tpu.registers import chunks, join, rolled
+from posjax.kernels.tpu.registers import chunks, join, roll_lanes
 from posjax.masks import Mask
 from posjax.types import Array, Float, Int
 
 __all__ = [
-    "add",
-    "collect",
-    "end_gradient",
-    "fill",
+    "add_band",
+    "add_strips_gradient",
+    "band_scratch",
+    "collect_band_gradient",
+    "fill_band",
     "fits",
-    "scratch_shapes",
     "strips",
 ]
 
@@ -60,18 +61,17 @@ def strips(
     width = -(-(queries + keys) // count // LANES) * LANES + _CUT - LANES
     row, lane = jnp.arange(count)[:, None], jnp.arange(width)[None, :]
     places = queries - count * (1 + lane) + row + 1
-    found = by_distance(biases, mask, places.reshape(-1))
-    return found.reshape(*found.shape[:2], count, width)
+    bias = by_distance(biases, mask, places.reshape(-1))
+    return bias.reshape(*bias.shape[:2], count, width)
 
 
-def scratch_shapes(plan: Plan, gradient: bool) -> dict:
-    """The band of a tile, and its gradient."""
-    shape = pltpu.VMEM((plan.blocks.query + plan.chunks, LANES), jnp.float32)
-    return dict.fromkeys(("band", "dband") if gradient else ("band",), shape)
+def band_scratch(plan: Plan) -> pl.MemoryRef:
+    """The memory for the band of a tile, or for its gradient."""
+    return pltpu.VMEM((plan.blocks.query + plan.chunks, LANES), jnp.float32)
 
 
-def _where(plan: Plan, blocks_after: Array, index: Array) -> tuple[pl.Slice, Array]:
-    """The strips' lanes that a tile needs, and by how many they are off a register's border.
+def _cut(plan: Plan, blocks_after: Array, index: Array) -> tuple[pl.Slice, Array]:
+    """The strips' lanes that a tile needs, and how many of them lie before the tile's first.
 
     Args:
         blocks_after: blocks of queries behind the tile's.
@@ -82,60 +82,78 @@ def _where(plan: Plan, blocks_after: Array, index: Array) -> tuple[pl.Slice, Arr
     return pl.ds(start, _CUT), first % LANES
 
 
-def fill(plan: Plan, inputs: dict, scratch: dict, blocks_after: Array, index: Array) -> None:
+def fill_band(
+    plan: Plan,
+    strips: Float[Ref, "C x"],
+    band: Float[Ref, "band 128"],
+    blocks_after: Array,
+    index: Array,
+) -> None:
     """Cuts out the band of a tile."""
-    lanes, shift = _where(plan, blocks_after, index)
-    low, high, _ = chunks(rolled(inputs["strips"][:, lanes], (_CUT - shift) % _CUT))
+    lanes, shift = _cut(plan, blocks_after, index)
+    low, high, _ = chunks(roll_lanes(strips[:, lanes], (_CUT - shift) % _CUT))
     lane = jax.lax.broadcasted_iota(jnp.int32, low.shape, 1)
 
     def moved(offset: int) -> Array:
         if offset == 0 or offset == LANES:
             return high if offset else low
-        parts = (rolled(x, LANES - offset) for x in (low, high))
+        parts = (roll_lanes(x, LANES - offset) for x in (low, high))
         return jnp.where(lane < LANES - offset, *parts)
 
-    scratch["band"][...] = jnp.concatenate([moved(offset) for _, offset in _groups(plan)])
+    band[...] = jnp.concatenate([moved(offset) for _, offset in _groups(plan)])
 
 
 def _groups(plan: Plan) -> list[tuple[slice, int]]:
-    """Each C rows of a band, and how many lanes from the start of the cut they begin."""
+    """Each C rows of a band, and the lane of the cut at which they begin."""
     count, groups = plan.chunks, plan.blocks.query // plan.chunks + 1
     return [(slice(m * count, (m + 1) * count), groups - 1 - m) for m in range(groups)]
 
 
 def _windows(plan: Plan) -> list[slice]:
-    """The rows of the band that are each chunk's."""
+    """The rows of the band that belong to each chunk."""
     count, rows = plan.chunks, plan.blocks.query
     return [slice(count - 1 - c, count - 1 - c + rows) for c in range(count)]
 
 
-def add(plan: Plan, scratch: dict, logits: list[Array]) -> list[Array]:
+def add_band(
+    plan: Plan, band: Float[Ref, "band 128"], logits: list[Float[Array, "t 128"]]
+) -> list[Float[Array, "t 128"]]:
     """Logits, in units of ln 2, with the bias of the band."""
-    return [x + scratch["band"][rows, :] for x, rows in zip(logits, _windows(plan), strict=True)]
+    return [x + band[rows, :] for x, rows in zip(logits, _windows(plan), strict=True)]
 
 
-def collect(plan: Plan, scratch: dict, dlogits: list[Array]) -> None:
-    """Makes the gradient of the band from that of the tile's logits."""
-    scratch["dband"][...] = jnp.zeros(scratch["dband"].shape, jnp.float32)
-    for x, rows in zip(dlogits, _windows(plan), strict=True):
-        scratch["dband"][rows, :] += x
-
-
-def end_gradient(
-    plan: Plan, scratch: dict, dstrips, blocks_after: Array, index: Int[Array, ""]
+def collect_band_gradient(
+    plan: Plan, dband: Float[Ref, "band 128"], dlogits: list[Float[Array, "t 128"]]
 ) -> None:
-    """Adds the gradient of the band to `dstrips`, which can be written, where `fill` cut it out."""
+    """Makes the gradient of the band from that of the tile's logits."""
+    dband[...] = jnp.zeros(dband.shape, jnp.float32)
+    for x, rows in zip(dlogits, _windows(plan), strict=True):
+        dband[rows, :] += x
+
+
+def add_strips_gradient(
+    plan: Plan,
+    dband: Float[Ref, "band 128"],
+    dstrips,
+    blocks_after: Array,
+    index: Int[Array, ""],
+) -> None:
+    """Adds the gradient of the band to that of the strips, from which `fill_band` cut it.
+
+    Args:
+        dstrips: a reference to [C, x].
+    """
     low = jnp.zeros((plan.chunks, LANES), jnp.float32)
     high, lane = low, jax.lax.broadcasted_iota(jnp.int32, low.shape, 1)
-    dband = scratch["dband"][...]
+    gradient = dband[...]
     for rows, offset in _groups(plan):
-        part = dband[rows]
+        part = gradient[rows]
         if offset == 0 or offset == LANES:
             low, high = (low, high + part) if offset else (low + part, high)
             continue
-        moved = rolled(part, offset)
+        moved = roll_lanes(part, offset)
         low = low + jnp.where(lane >= offset, moved, 0.0)
         high = high + jnp.where(lane < offset, moved, 0.0)
-    lanes, shift = _where(plan, blocks_after, index)
+    lanes, shift = _cut(plan, blocks_after, index)
     whole = join([low, high, jnp.zeros_like(low)])
-    dstrips[:, lanes] += rolled(whole, shift) * LN2
+    dstrips[:, lanes] += roll_lanes(whole, shift) * LN2

@@ -11,7 +11,7 @@ whole number b is the row below the count, f the rest, and the bias
 | packed | two for three keys | bfloat16         | bfloat16 and P + C <= 128  |
 
 Packed: the counts of three neighbouring keys lie within one of the middle one's, so a look-up for
-the middle one serves all; the others add what the slope changes by at the next row.
+the middle one serves all; the others add the kink, by which the slope changes at the next row.
 """
 
 import functools
@@ -20,14 +20,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Ref
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.bits import as_float, as_int, bfloat16_bits, packed_words
 from posjax.kernels.tpu.plan import LANES, Plan
-from posjax.kernels.tpu.registers import chunks, lane_gather, over_lanes, rolled
+from posjax.kernels.tpu.registers import chunks, lane_gather, reduce_lanes, roll_lanes
 from posjax.types import Array, Float, Int, Num
 
-__all__ = ["Found", "fill", "look_up", "scratch_shapes"]
+__all__ = ["Interpolated", "TableScratch", "fill", "look_up", "table_scratch"]
 
 # Adding it leaves the nearest whole number in the low bits of a float32.
 _ROUNDER = 1.5 * 2.0**23
@@ -35,119 +36,141 @@ _ROUNDER = 1.5 * 2.0**23
 _NUMBER = 2**22 - 1
 
 
-class Found(NamedTuple):
+class TableScratch(NamedTuple):
+    """The tables of a block of queries: exact with `middle` and `slope`, packed with the others.
+
+    Args:
+        highest: the largest entry of each table.
+        spread: the largest less the smallest.
+        lines: middle and slope in a word.
+        kinks: the slopes of the rows above and below, less that of the row, in a word.
+    """
+
+    highest: Float[Ref, "t 128"]
+    spread: Float[Ref, "t 128"]
+    middle: Float[Ref, "t width"] | None = None
+    slope: Float[Ref, "t width"] | None = None
+    lines: Int[Ref, "t width"] | None = None
+    kinks: Int[Ref, "t width"] | None = None
+
+
+class Interpolated(NamedTuple):
     """Bias and slope of a chunk of keys."""
 
     bias: Float[Array, "t 128"]
     slope: Float[Array, "t 128"]
 
 
-def scratch_shapes(plan: Plan) -> dict:
-    """Where `fill` keeps the tables of a block of queries."""
+def table_scratch(plan: Plan) -> TableScratch:
+    """The memory for the tables."""
     shape = (plan.blocks.query, plan.pieces * LANES)
-    names = ("word", "kinks") if plan.contextual.packed else ("middle", "slope")
-    dtype = jnp.int32 if plan.contextual.packed else jnp.float32
-    one = pltpu.VMEM((plan.blocks.query, LANES), jnp.float32)
-    return dict.fromkeys(names, pltpu.VMEM(shape, dtype)) | {"highest": one, "spread": one}
+    row = pltpu.VMEM((plan.blocks.query, LANES), jnp.float32)
+    if plan.cope.packed:
+        words = pltpu.VMEM(shape, jnp.int32)
+        return TableScratch(row, row, lines=words, kinks=words)
+    exact = pltpu.VMEM(shape, jnp.float32)
+    return TableScratch(row, row, middle=exact, slope=exact)
 
 
-def fill(plan: Plan, scratch: dict, z: Float[Array, "t width"]) -> None:
+def fill(plan: Plan, tables: TableScratch, z: Float[Array, "t width"]) -> None:
     """Keeps what `look_up` needs."""
     width = z.shape[1]
-    high, low = (
-        over_lanes(functools.reduce(how, chunks(z)), reduce)
-        for how, reduce in ((jnp.maximum, jnp.max), (jnp.minimum, jnp.min))
-    )
-    scratch["highest"][...], scratch["spread"][...] = high, high - low
+    high = reduce_lanes(functools.reduce(jnp.maximum, chunks(z)), jnp.max)
+    low = reduce_lanes(functools.reduce(jnp.minimum, chunks(z)), jnp.min)
+    tables.highest[...], tables.spread[...] = high, high - low
     lane = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    slope = jnp.where(lane == width - 1, 0.0, rolled(z, width - 1) - z)
+    slope = jnp.where(lane == width - 1, 0.0, roll_lanes(z, width - 1) - z)
     middle = z + 0.5 * slope
-    if not plan.contextual.packed:
-        scratch["middle"][...], scratch["slope"][...] = middle, slope
+    if not plan.cope.packed:
+        tables.middle[...], tables.slope[...] = middle, slope
         return
     slope = as_float(bfloat16_bits(slope) << 16)
-    scratch["word"][...] = packed_words(middle, slope)
-    above, below = (rolled(slope, shift) - slope for shift in (width - 1, 1))
-    scratch["kinks"][...] = packed_words(above, below)
+    tables.lines[...] = packed_words(middle, slope)
+    above, below = (roll_lanes(slope, shift) - slope for shift in (width - 1, 1))
+    tables.kinks[...] = packed_words(above, below)
 
 
 def look_up(
     plan: Plan,
-    scratch: dict,
+    tables: TableScratch,
     places: list[Array],
     rows: slice,
     base: Array | float,
     slopes: bool,
-) -> list[Found]:
+) -> list[Interpolated]:
     """Bias, less `base`, and slope of every chunk of some rows of a tile.
 
     Args:
-        slopes: whether slopes are wanted, for which another way is shorter.
+        slopes: whether slopes are needed; they cost an operation more.
     """
-    if not plan.contextual.packed:
-        middle, slope = scratch["middle"][rows, :], scratch["slope"][rows, :]
+    if not plan.cope.packed:
+        middle, slope = tables.middle[rows, :], tables.slope[rows, :]
         return [_exact(middle, slope, place, base) for place in places]
-    word, kinks = scratch["word"][rows, :], scratch["kinks"][rows, :]
-    found, beyond = [], _with_slopes if slopes else _without_slopes
+    lines, kinks = tables.lines[rows, :], tables.kinks[rows, :]
+    results, bend = [], _bend_with_slope if slopes else _bend
     for start in range(0, len(places), 3):
-        group = slice(start, start + 3)
-        if len(places[group]) == 3:
-            found += _triple(word, kinks, places[group], base, beyond)
+        group = places[start : start + 3]
+        if len(group) == 3:
+            results += _triple(lines, kinks, group, base, bend)
         else:
-            found += [_single(word, place, base)[0] for place in places[group]]
-    return found
+            results += [_single(lines, place, base)[0] for place in group]
+    return results
 
 
 def _split(place: Float[Array, "t 128"], mask: int) -> tuple[Int[Array, "t 128"], Array]:
     """The nearest whole number, and the rest between -1/2 and 1/2."""
     index = as_int(place + _ROUNDER) & mask
-    # Not place - (rounded - _ROUNDER), which XLA, where it stands in for a TPU, would make 0.
+    # Not place - (rounded - _ROUNDER), which XLA, if it interprets the kernel, would make 0.
     return index, place - index.astype(jnp.float32)
 
 
-def _exact(middle: Array, slope: Array, place: Float[Array, "t 128"], base: Array | float) -> Found:
+def _exact(
+    middle: Array, slope: Array, place: Float[Array, "t 128"], base: Array | float
+) -> Interpolated:
     index, rest = _split(place, _NUMBER)
     rise = _gather(slope, index)
-    return Found(_gather(middle, index) - base + rest * rise, rise)
+    return Interpolated(_gather(middle, index) - base + rest * rise, rise)
 
 
 def _single(
-    word: Array, place: Float[Array, "t 128"], base: Array | float
-) -> tuple[Found, Array, Array]:
+    lines: Array, place: Float[Array, "t 128"], base: Array | float
+) -> tuple[Interpolated, Array, Array]:
     """One key; also its row and the middle there, less `base`."""
     index, rest = _split(place, LANES - 1)
-    both = lane_gather(word, index)
-    middle, slope = as_float(both) - base, as_float(both << 16)
-    return Found(middle + rest * slope, slope), index, middle
+    word = lane_gather(lines, index)
+    middle, slope = as_float(word) - base, as_float(word << 16)
+    return Interpolated(middle + rest * slope, slope), index, middle
 
 
 def _triple(
-    word: Array, kinks: Array, places: list[Array], base: Array | float, beyond: Callable
-) -> list[Found]:
+    lines: Array, kinks: Array, places: list[Array], base: Array | float, bend: Callable
+) -> list[Interpolated]:
     """A key and its neighbours, by their places, which are less than 1 apart."""
     left, place, right = places
-    center, index, middle = _single(word, place, base)
-    both, slope = lane_gather(kinks, index), center.slope
-    above, below = as_float(both), as_float(both << 16)
+    center, index, middle = _single(lines, place, base)
+    word, slope = lane_gather(kinks, index), center.slope
+    above, below = as_float(word), as_float(word << 16)
     row = index.astype(jnp.float32)
     higher, lower = left - row, right - row
     return [
-        beyond(middle + higher * slope, slope, higher - 0.5, above, 1),
+        bend(middle + higher * slope, slope, higher - 0.5, above, 1),
         center,
-        beyond(middle + lower * slope, slope, lower + 0.5, below, -1),
+        bend(middle + lower * slope, slope, lower + 0.5, below, -1),
     ]
 
 
-def _with_slopes(bias: Array, slope: Array, excess: Array, kink: Array, sign: int) -> Found:
-    """What the slope changes by from the next row on, if the place lies there."""
-    bend = jnp.where(excess > 0 if sign > 0 else excess < 0, kink, 0.0)
-    return Found(bias + excess * bend, slope + bend)
+def _bend_with_slope(
+    bias: Array, slope: Array, excess: Array, kink: Array, sign: int
+) -> Interpolated:
+    """Adds the kink if the place lies beyond it, in the next row."""
+    change = jnp.where(excess > 0 if sign > 0 else excess < 0, kink, 0.0)
+    return Interpolated(bias + excess * change, slope + change)
 
 
-def _without_slopes(bias: Array, slope: Array, excess: Array, kink: Array, sign: int) -> Found:
-    """The same bias, with one operation less; the slope is the wrong one there."""
-    inside = jnp.maximum(excess, 0.0) if sign > 0 else jnp.minimum(excess, 0.0)
-    return Found(bias + inside * kink, slope)
+def _bend(bias: Array, slope: Array, excess: Array, kink: Array, sign: int) -> Interpolated:
+    """The same bias, with one operation less; the slope stays the other row's."""
+    beyond = jnp.maximum(excess, 0.0) if sign > 0 else jnp.minimum(excess, 0.0)
+    return Interpolated(bias + beyond * kink, slope)
 
 
 def _gather(table: Num[Array, "t width"], index: Int[Array, "t 128"]) -> Num[Array, "t 128"]:
@@ -156,7 +179,7 @@ def _gather(table: Num[Array, "t width"], index: Int[Array, "t 128"]) -> Num[Arr
     if len(parts) == 1:
         return lane_gather(table, index)
     lane, piece = index & (LANES - 1), index >> 7
-    found = lane_gather(parts[0], lane)
+    entries = lane_gather(parts[0], lane)
     for number, part in enumerate(parts[1:], start=1):
-        found = jnp.where(piece == number, lane_gather(part, lane), found)
-    return found
+        entries = jnp.where(piece == number, lane_gather(part, lane), entries)
+    return entries

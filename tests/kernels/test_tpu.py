@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import posjax
 import posjax.kernels.tpu.attention
-import posjax.kernels.tpu.pipeline
+import posjax.kernels.tpu.forward_pipeline
 from posjax.kernels.blocks import TpuBlocks
 from tests import tolerances
 from tests.cases import (
@@ -139,7 +139,7 @@ def test_long_walks_through_the_pipelines(gate_bias, positions, monkeypatch):
 )
 def test_scales_and_steep_tables(scale, gate_scale, far, monkeypatch):
     """Far 0: as if every table were too steep for the bound that the pipeline takes."""
-    monkeypatch.setattr(posjax.kernels.tpu.pipeline, "_FAR", far)
+    monkeypatch.setattr(posjax.kernels.tpu.forward_pipeline, "_FAR", far)
     sizes = TpuBlocks(128, 256, 768, rows=64, lane_rows=32)
     monkeypatch.setattr(posjax.kernels.tpu.attention, "tpu_sizes", lambda *_, **__: sizes)
     case = dataclasses.replace(CASE, queries=100, keys=900, positions=40)
