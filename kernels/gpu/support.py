@@ -1,4 +1,4 @@
-"""What the GPU kernels can do; importable without their compiler."""
+"""Calls that the GPU kernels support; importable without their compiler."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ _MOST_POSITIONS = 128
 
 
 def unsupported(query: Shaped, value: Shaped, bias: Bias | None, mask: Mask) -> str | None:
-    """Why these kernels cannot do this, or None where they can."""
+    """The reason why these kernels cannot do this, or None if they can."""
     capability = _compute_capability()
     if capability is not None and capability[0] != 9:
         found = ".".join(map(str, capability))
@@ -37,7 +37,7 @@ def unsupported(query: Shaped, value: Shaped, bias: Bias | None, mask: Mask) -> 
 
 
 def _compute_capability() -> tuple[int, ...] | None:
-    """That of the GPU; None where there is none."""
+    """The compute capability of the GPU; None without one."""
     if jax.default_backend() != "gpu":
         return None
     words = str(getattr(jax.devices()[0], "compute_capability", "0"))

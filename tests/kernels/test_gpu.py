@@ -1,7 +1,7 @@
 """The GPU kernels in Pallas's interpreter: values and all gradients against the reference.
 
-All of their control flow runs: warpgroups, transfers, barriers, loops. Three helpers have a form of
-their own here, see `kernels.gpu.instructions`. The interpreter raises where a transfer races with
+All of their control flow runs: warpgroups, transfers, barriers, loops. A few
+steps are emulated, see `kernels.gpu.products`. The interpreter raises where a transfer races with
 a use of its memory.
 """
 
