@@ -114,7 +114,7 @@ class QuerySchedule(NamedTuple):
         return head, self.low + jax.lax.rem(step, self.blocks)
 
     def after(self, head: Array, block: Array) -> tuple[Array, Array]:
-        """Those of the step after, without a division."""
+        """The query head and the block of the step after, without a division."""
         wraps = block + 1 == self.low + self.blocks
         return jnp.where(wraps, head + 1, head), jnp.where(wraps, self.low, block + 1)
 

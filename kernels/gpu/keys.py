@@ -63,7 +63,7 @@ class KeyScratch:
 
     @property
     def weights(self) -> tuple[Any, ...]:
-        """Those of all gradients that are computed, in the order of `KeyGradients`."""
+        """The weights of all gradients that are computed, in the order of `KeyGradients`."""
         return present(self.key_weights, self.value_weights, self.gate_key_weights)
 
 

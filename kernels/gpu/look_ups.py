@@ -118,8 +118,8 @@ def _crossed(
     here = (jnp.round(following) < bin_)[:, :, None] & (bin_[:, :, None] == bins)
     written = jnp.any(here, axis=1)
     pick = lambda x: jnp.sum(jnp.where(here, x[:, :, None], 0.0), axis=1)  # noqa: E731
-    found = jnp.stack([pick(total), pick(moment)], axis=-1).reshape(slots.shape)
-    return jnp.where(jnp.repeat(written, 2, axis=1), found, slots)
+    sums = jnp.stack([pick(total), pick(moment)], axis=-1).reshape(slots.shape)
+    return jnp.where(jnp.repeat(written, 2, axis=1), sums, slots)
 
 
 def _read(table: Array, place: Array, packed: bool) -> tuple[Array, Array, Array]:

@@ -109,7 +109,7 @@ def gradient(sums: Float[Array, "B N m y"], ranges: Ranges, plan: Plan) -> Float
     begin, end = first * plan.blocks.key, (last + 1) * plan.blocks.key + ROWS
     written = (place >= begin) & (place < end) & (first <= last)
     rows = jnp.where(written[:, None], sums, 0.0)
-    # The last block of queries has its sums where they belong, each one before it 64 further on.
+    # The sums of the last block of queries are in place, those of each one before it 64 further on.
     rows = jnp.pad(rows[:, :, ::-1], ((0, 0), (0, 0), (0, 0), (0, blocks * ROWS)))
     flat = rows.reshape(batch, heads, -1)[..., : -blocks * ROWS]
     sheared = flat.reshape(batch, heads, blocks, width + (blocks - 1) * ROWS)

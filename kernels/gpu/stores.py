@@ -86,7 +86,7 @@ def all_reach(x: Float[Array, "64"], least: float, *, emulated: bool) -> Bool[Ar
             "shfl.sync.idx.b32 $0, own, 0, 0x1f, 0xffffffff;}"
         )
         operands = [lowest, limit, barrier]
-        found = llvm.inline_asm(i32(), operands, code, "=r,f,f,r", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+        answer = llvm.inline_asm(i32(), operands, code, "=r,f,f,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(answer, (), is_signed=True)
 
     return ask(x) != 0

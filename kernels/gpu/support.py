@@ -19,8 +19,8 @@ def unsupported(query: Shaped, value: Shaped, bias: Bias | None, mask: Mask) -> 
     """The reason why these kernels cannot do this, or None if they can."""
     capability = _compute_capability()
     if capability is not None and capability[0] != 9:
-        found = ".".join(map(str, capability))
-        return f"the device has compute capability {found}; the GPU kernels are for 9.0 (Hopper)"
+        version = ".".join(map(str, capability))
+        return f"the device has compute capability {version}; the GPU kernels are for 9.0 (Hopper)"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype}; the GPU kernels take bfloat16 and float16"
     largest = max(query.shape[3], value.shape[3])

@@ -1,4 +1,4 @@
-"""Single steps of the GPU kernels as kernels of their own, to be run on a GPU."""
+"""Single steps of the GPU kernels as separate kernels, to be run on a GPU."""
 
 import functools
 from typing import Any, NamedTuple

@@ -23,7 +23,7 @@ def interpolated(z, count):
     "positions, packed", [(2, False), (7, False), (64, False), (2, True), (7, True), (128, True)]
 )
 def test_values_of_a_table(positions, packed):
-    """Also where counts are whole numbers, and beyond the end."""
+    """Also if counts are whole numbers, and beyond the end."""
     random = np.random.default_rng(0)
     z = random.normal(size=(8, positions)).astype(np.float32)
     z[:, -1] = 0
