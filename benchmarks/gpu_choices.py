@@ -1,4 +1,4 @@
-"""What benchmarks/tune_gpu.py tries, how it chooses, and the table that it writes."""
+"""Candidates of benchmarks/tune_gpu.py, its choice, and the table that it writes."""
 
 import dataclasses
 import itertools
@@ -40,7 +40,7 @@ def problems(sizes: Iterable[int], positions: Iterable[int], dtypes: Iterable[st
 
 
 def candidates(problem: Problem, short: bool) -> list[GpuBlocks]:
-    """Those that differ for this problem, the one in use first.
+    """Blocks that differ for this problem, those in use first.
 
     Args:
         short: only those that differ in one field from the one in use.

@@ -49,7 +49,7 @@ THREADS, ROWS = 128, 64
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to compile."""
+    """Programs to compile."""
 
     size: tuple[int, ...] = SIZES
     """Head sizes."""
@@ -80,7 +80,7 @@ class Work(NamedTuple):
 
 
 def program(work: Work):
-    """A gradient of causal attention (the forward pass with changed blocks), and what it takes."""
+    """A gradient of causal attention (the forward pass with changed blocks), and its arguments."""
 
     def described(table, numbers):
         if work.bias == "distance":
@@ -124,7 +124,7 @@ def compile_here(work: Work) -> None:
 
 
 def machine_code(work: Work) -> str:
-    """What a process of its own prints: it reads the environment when it starts."""
+    """The output of a separate process, which reads the environment when it starts."""
     bundled = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/cu1*/bin")
     path = os.pathsep.join([*map(str, bundled), os.environ["PATH"]])
     if shutil.which("nvdisasm", path=path) is None:
@@ -143,7 +143,7 @@ def measured(work: Work) -> dict[str, dict]:
     """Of every loop of every kernel: instructions for each pair, spills, matrix instructions.
 
     `serial` tells that the loop waits for each matrix instruction before the next one, as ptxas
-    makes it where registers do not suffice for several on their way.
+    makes it if registers do not suffice for several on their way.
     """
     found = {}
     for name, text in sass.kernels(machine_code(work)).items():

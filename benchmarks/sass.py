@@ -60,7 +60,7 @@ def loops(text: str) -> list[Loop]:
     bodies = {}
     for start, end in spans:
         names = [name for address, name, _ in instructions if start <= address <= end]
-        # What sleeps is a wait, which stands behind the rest of the code and jumps back to it.
+        # A loop that sleeps is a wait; it comes after the rest of the code and jumps back to it.
         waits = any(name.startswith("NANOSLEEP") for name in names)
         if not waits and any(name.startswith(_MATRIX) for name in names):
             bodies[start, end] = names

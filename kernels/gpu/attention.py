@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from posjax.biases.contextual import ContextualBias
 from posjax.kernels.blocks import GpuBlocks, gpu_sizes
 from posjax.kernels.common import LN2, LOG2E
-from posjax.kernels.gpu import bands
-from posjax.kernels.gpu.backward_keys import KEYS, key_gradients
+from posjax.kernels.gpu import relative
+from posjax.kernels.gpu.arrays import Inputs, Outputs, QueryGradients, Residuals
+from posjax.kernels.gpu.backward_keys import key_gradients
 from posjax.kernels.gpu.backward_queries import query_gradients
 from posjax.kernels.gpu.forward import forward
-from posjax.kernels.gpu.gradients import HALF, dx_unit
-from posjax.kernels.gpu.plan import GROUPS, ROWS, Contextual, Plan
+from posjax.kernels.gpu.gradients import gate_gradient_scale
+from posjax.kernels.gpu.keys import KEYS
+from posjax.kernels.gpu.plan import GROUPS, ROWS, TILE_KEYS, CopePlan, Plan
 from posjax.kernels.gpu.support import SIZES
 from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
 from posjax.kernels.padding import padded, same_heads
@@ -55,9 +57,9 @@ def run(problem: Problem, blocks: GpuBlocks | None = None) -> Num[Array, "B T N 
         is_causal=mask.is_causal,
         window=mask.window,
         segments=mask.query.segment_ids is not None,
-        contextual=_contextual(bias, scale),
+        cope=_cope_plan(bias, scale),
         relative=bool(by_distance),
-        trained=bool(jax.tree.leaves([part.params for part in by_distance])),
+        trains_relative=bool(jax.tree.leaves([part.params for part in by_distance])),
         emulated=gpu_interpreter() is not None,
     )
     ranges = walk_ranges(mask, ROWS, blocks.key)
@@ -71,21 +73,21 @@ def run(problem: Problem, blocks: GpuBlocks | None = None) -> Num[Array, "B T N 
         arrays |= _of_bias(query, key, bias, padding, size, scale)
     if by_distance:
         lengths = length + padding[0], keys + padding[1]
-        arrays["bands"] = bands.of_biases(by_distance, positions, *lengths)
+        arrays["distance_bias"] = relative.distance_bias(by_distance, positions, *lengths)
     arrays = same_heads(arrays, axis=2)
     numbers = {"ranges": ranges.flat, "key_ranges": of_keys.flat}
     output = _attention(plan, ranges.batch, arrays, numbers, _sides(plan, mask))
     return output[:, :length, :, : value.shape[3]]
 
 
-def _contextual(bias: ContextualBias | None, scale: float) -> Contextual | None:
+def _cope_plan(bias: ContextualBias | None, scale: float) -> CopePlan | None:
     if bias is None:
         return None
-    return Contextual(
+    return CopePlan(
         positions=bias.num_positions,
         gate_scale=scale if bias.gate_scale is None else bias.gate_scale,
         own_gate_key=bias.gate_key is not None,
-        gate_bias=bias.gate_bias is not None,
+        has_gate_bias=bias.gate_bias is not None,
     )
 
 
@@ -128,87 +130,90 @@ def _attention(plan: Plan, rows: int, arrays: dict, numbers: dict, sides: dict) 
 
 
 def _attention_fwd(plan: Plan, rows: int, arrays: dict, numbers: dict, sides: dict):
-    inputs = _inputs(plan, arrays, numbers, sides)
-    if plan.contextual is not None:
-        inputs["lower"] = _lower(plan, plan.blocks.count)
-    found = forward(plan, _ranges(rows, numbers["ranges"]), inputs)
-    return found["output"], (arrays, numbers, sides, found)
+    inputs = _inputs(plan, arrays, numbers, sides, plan.blocks.count)
+    outputs = forward(plan, _ranges(rows, numbers["ranges"]), inputs)
+    return outputs.output, (arrays, numbers, sides, outputs)
 
 
-def _inputs(plan: Plan, arrays: dict, numbers: dict, sides: dict) -> dict[str, Array]:
-    """What all kernels read."""
-    inputs = {name: x for name, x in arrays.items() if name != "z"}
-    inputs |= sides | {"ranges": numbers["ranges"]}
-    if plan.contextual is not None:
-        inputs["tables"] = tables(arrays["z"], plan.blocks.packed)
-    return inputs
+def _inputs(plan: Plan, arrays: dict, numbers: dict, sides: dict, size: int) -> Inputs:
+    """The inputs of all kernels.
+
+    Args:
+        size: keys over which one product sums gates.
+    """
+    inputs = Inputs(arrays["query"], arrays["key"], arrays["value"], numbers["ranges"], **sides)
+    optional = ("gate_key", "gate_bias", "distance_bias")
+    inputs = inputs._replace(**{name: arrays[name] for name in optional if name in arrays})
+    if plan.cope is None:
+        return inputs
+    triangle = jnp.tri(size, dtype=jnp.float16) * jnp.float16(plan.cope.gate_quantum)
+    return inputs._replace(tables=tables(arrays["z"], plan.blocks.packed), lower_triangle=triangle)
 
 
 def _ranges(rows: int, numbers: Array) -> Ranges:
     return Ranges(numbers, rows, numbers.size // (4 * rows))
 
 
-def _attention_bwd(plan: Plan, rows: int, residuals, cotangent):
-    arrays, numbers, sides, found = residuals
-    output = found["output"].astype(jnp.float32) + found["rest"].astype(jnp.float32)
-    delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=3)
-    inputs = _inputs(plan, arrays, numbers, sides) | {
-        "cotangent": cotangent,
-        "lse": found["lse"],
-        "delta": jnp.swapaxes(delta, 1, 2),
-    }
-    own = ["carries", "plain"] if plan.contextual is not None else []
-    inputs |= {name: found[name] for name in own} | _constants(plan)
+def _attention_bwd(plan: Plan, rows: int, saved, cotangent):
+    arrays, numbers, sides, outputs = saved
+    inputs = _inputs(plan, arrays, numbers, sides, TILE_KEYS)
+    residuals = _residuals(plan, outputs, cotangent)
     ranges, of_keys = (_ranges(rows, numbers[name]) for name in ("ranges", "key_ranges"))
-    of_queries = query_gradients(plan, ranges, inputs)
-    grads = {"query": of_queries["query_gradient"]}
+    of_queries = query_gradients(plan, ranges, inputs, residuals)
+    grads = {"query": of_queries.query}
     if plan.relative:
-        grads["bands"] = _bands_gradient(plan, ranges, arrays["bands"], of_queries)
-    if own:
-        grads |= _gradients_of_counts(plan, arrays, of_queries)
-        inputs["prefixes"] = of_queries["prefixes"]
-    inputs["key_ranges"] = numbers["key_ranges"]
-    for wanted in (("key", "value"), ("gate_key",)):
-        if wanted[0] in arrays:
-            made = key_gradients(plan, ranges, of_keys, inputs, wanted)
-            grads |= {name: made[f"{name}_gradient"] for name in wanted}
+        grads["distance_bias"] = _distance_bias_gradient(
+            plan, ranges, arrays["distance_bias"], of_queries
+        )
+    if plan.cope is not None:
+        grads |= _gradients_of_counts(plan, of_queries)
+    residuals = residuals._replace(prefixes=of_queries.prefixes, key_ranges=numbers["key_ranges"])
+    keys = key_gradients(plan, ranges, of_keys, inputs, residuals, of_gates=False)
+    grads |= {"key": keys.key, "value": keys.value}
+    if inputs.gate_key is not None:
+        gates = key_gradients(plan, ranges, of_keys, inputs, residuals, of_gates=True)
+        grads["gate_key"] = gates.gate_key
     return {name: grads[name].astype(x.dtype) for name, x in arrays.items()}, None, None
 
 
-def _bands_gradient(plan: Plan, ranges: Ranges, array: Array, found: dict[str, Array]) -> Array:
-    """Zeros where nothing trains."""
-    if not plan.trained:
+def _residuals(plan: Plan, outputs: Outputs, cotangent: Array) -> Residuals:
+    """Further inputs of the backward kernels."""
+    output = outputs.output.astype(jnp.float32) + outputs.output_residual.astype(jnp.float32)
+    delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=3)
+    residuals = Residuals(
+        cotangent=cotangent,
+        lse=outputs.lse,
+        delta=jnp.swapaxes(delta, 1, 2),
+        carries=outputs.carries,
+        last_plain=outputs.last_plain,
+    )
+    if plan.cope is None:
+        return residuals
+    words = slot_words(plan.cope.positions)
+    return residuals._replace(
+        upper_triangle=jnp.tri(TILE_KEYS, dtype=jnp.bfloat16).T,
+        empty_slots=jnp.full((ROWS, words), jnp.nan, jnp.float32),
+    )
+
+
+def _distance_bias_gradient(
+    plan: Plan, ranges: Ranges, array: Array, of_queries: QueryGradients
+) -> Array:
+    """Zeros if nothing trains."""
+    if not plan.trains_relative:
         return jnp.zeros_like(array)
-    gradient = bands.gradient(found["bands_gradient"], ranges, plan)
+    gradient = relative.gradient(of_queries.distance_bias, ranges, plan)
     shared = tuple(axis for axis in (0, 1) if array.shape[axis] == 1)
     return jnp.sum(gradient, axis=shared, keepdims=True)
 
 
-def _constants(plan: Plan) -> dict[str, Array]:
-    """Ones that add up keys on the right and on the left; slots that nothing was written to."""
-    if plan.contextual is None:
-        return {}
-    words = slot_words(plan.contextual.positions)
-    return {
-        "lower": _lower(plan, HALF),
-        "upper": jnp.tri(HALF, dtype=jnp.bfloat16).T,
-        "unwritten": jnp.full((ROWS, words), jnp.nan, jnp.float32),
-    }
-
-
-def _lower(plan: Plan, size: int) -> Array:
-    """What adds up gates from a key on to the right."""
-    return jnp.tri(size, dtype=jnp.float16) * jnp.float16(plan.contextual.gate_unit)
-
-
-def _gradients_of_counts(plan: Plan, arrays: dict, found: dict[str, Array]) -> dict[str, Array]:
-    """Of the tables and of the gates' bias."""
-    sums = (found[name] for name in ("slots", "total", "moment"))
-    grads = {"z": table_gradients(*sums, plan.contextual.positions)}
-    if "gate_bias" in arrays:
-        grads["gate_bias"] = jnp.sum(found["gate_bias_gradient"], axis=(0, 2)) * (
-            LN2 * dx_unit(plan)
-        )
+def _gradients_of_counts(plan: Plan, of_queries: QueryGradients) -> dict[str, Array]:
+    """Gradients of the tables and of the gates' bias."""
+    sums = of_queries.slots, of_queries.total, of_queries.moment
+    grads = {"z": table_gradients(*sums, plan.cope.positions)}
+    if plan.cope.has_gate_bias:
+        scale = LN2 * gate_gradient_scale(plan)
+        grads["gate_bias"] = jnp.sum(of_queries.gate_bias, axis=(0, 2)) * scale
     return grads
 
 

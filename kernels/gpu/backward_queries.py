@@ -1,108 +1,63 @@
 """The backward kernel of queries: their gradients, and those of their tables.
 
-It walks from left to right, 64 keys at a time in two halves, because the gradient of a gate is a
-sum over the keys on its left. Places come from the right; the forward kernel kept one every 32
-keys.
-
-The gradient of a table adds up dlogits over the keys of each bin. Places fall from key to key by
-less than 1, so each bin's keys are neighbours, and its sums are differences of running sums: where
-the next key lies in a lower bin the sums so far go to the bin's slot. `tables.table_gradients`
-makes the rest of it.
+It goes from left to right, 64 keys at a time in two tiles, because the gradient of a gate is a sum
+over the keys on its left. Places come from the right; the forward kernel saved one every 32 keys.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.kernels.gpu import bands
-from posjax.kernels.gpu.diagonals import collect
-from posjax.kernels.gpu.gradients import (
-    HALF,
-    PAIR,
-    Counted,
-    Rows,
-    gradients_of,
-    of_gates,
-    of_keys,
-    scan,
-    unit,
-)
-from posjax.kernels.gpu.instructions import column, multiply_into, store_crossings
-from posjax.kernels.gpu.layout import (
-    Refs,
-    fits,
-    launch,
-    matrix,
-    per_row,
-    share_registers,
-    with_barriers,
-)
-from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
-from posjax.kernels.gpu.tiles import Place, Tile, gate_bias
-from posjax.kernels.gpu.walk import (
-    Queries,
-    Ring,
-    fetched,
-    keys_of,
-    loop_up,
-    own_span,
-    union,
-)
+from posjax.kernels.gpu import relative
+from posjax.kernels.gpu.arrays import Inputs, QueryGradients, Residuals
+from posjax.kernels.gpu.gradients import RowValues, gradient_scale
+from posjax.kernels.gpu.layout import Buffer, fits, launch, matrix, per_row, share_registers
+from posjax.kernels.gpu.plan import GROUPS, ROWS, STEP_KEYS, TILE_KEYS, Plan
+from posjax.kernels.gpu.queries import Queries, QueryScratch, loop_up, own_span, union
+from posjax.kernels.gpu.query_step import GradientState, add_step
+from posjax.kernels.gpu.ring import Ring, copy_once, key_sources
+from posjax.kernels.gpu.tiles import Origin, gate_bias_of
 from posjax.kernels.ranges import Ranges, Span
-from posjax.types import Array, Float
+from posjax.types import Array
 
 __all__ = ["query_gradients"]
 
 # Bytes of a row of the keys of a tile.
-_SWIZZLE = 2 * HALF
+_SWIZZLE = 2 * TILE_KEYS
 # Before every block of keys.
 _NOWHERE = -1
 _STAGES = (4, 3, 2, 1)
 
 
-class Walk(NamedTuple):
-    """Sums over the keys so far: of gradients, and in the last four of what needs counts."""
-
-    query: Float[Array, "64 H"]
-    left: Float[Array, "64"] | None
-    total: Float[Array, "64"] | None
-    moment: Float[Array, "64"] | None
-    gate_bias: Float[Array, "64 8"] | None
-
-
-def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
-    """The query's gradient [B, T, N, H]; with a contextual bias also these.
-
-    `prefixes` [B, N, S / 64, T]: sums of dplace on the left of every 64 keys that count; `slots`
-    [B, N, T, words], `total` and `moment` [B, N, T]: running sums where places cross into a lower
-    bin, and at the end; `gate_bias_gradient` [B, N, T]: sums of dx. With a bias of the distance
-    that trains also `bands_gradient`, see `bands.gradient_shape`.
-    """
-    batch, length, heads, size = inputs["query"].shape
-    shape = (batch, length, heads, size)
-    outputs = {"query_gradient": jax.ShapeDtypeStruct(shape, inputs["query"].dtype)}
-    if plan.contextual is not None:
-        rows = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-        words = inputs["unwritten"].shape[1]
-        prefixes = (batch, heads, inputs["key"].shape[1] // PAIR, length)
-        outputs |= {
-            "prefixes": jax.ShapeDtypeStruct(prefixes, jnp.float32),
-            "slots": jax.ShapeDtypeStruct((batch, heads, length, words), jnp.float32),
-            **dict.fromkeys(("total", "moment", "gate_bias_gradient"), rows),
-        }
-    if plan.trained:
-        shape = bands.gradient_shape(inputs)
-        outputs["bands_gradient"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+def query_gradients(
+    plan: Plan, ranges: Ranges, inputs: Inputs, residuals: Residuals
+) -> QueryGradients:
+    """The query's gradient, and sums that the other gradients are made of."""
+    batch, length, heads, _ = inputs.query.shape
+    keys, float32 = inputs.key.shape[1], functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    outputs = QueryGradients(jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype))
+    if plan.cope is not None:
+        rows = float32((batch, heads, length))
+        outputs = outputs._replace(
+            prefixes=float32((batch, heads, keys // STEP_KEYS, length)),
+            slots=float32((batch, heads, length, residuals.empty_slots.shape[1])),
+            total=rows,
+            moment=rows,
+            gate_bias=rows,
+        )
+    if plan.trains_relative:
+        sums = (batch, heads, length // ROWS, keys + ROWS)
+        outputs = outputs._replace(distance_bias=float32(sums))
     groups = _groups(plan)
-    # Halves in shared memory: as many as there is room for.
-    scratches = [_scratch(plan, groups, stages, inputs) for stages in _STAGES]
+    # As many tiles of keys in shared memory as there is room for.
+    scratches = [_scratch(plan, groups, stages, inputs, residuals) for stages in _STAGES]
     return launch(
         functools.partial(_kernel, plan, ranges, groups),
-        inputs,
+        (inputs, residuals),
         outputs,
         grid={"head": heads, "tile": length // (ROWS * groups), "batch": batch},
         scratch=next(filter(fits, scratches), scratches[-1]),
@@ -113,179 +68,153 @@ def query_gradients(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dic
 
 def _groups(plan: Plan) -> int:
     """Warpgroups that compute: large tables, slots and sums leave no room for a second one's."""
-    if plan.contextual is None:
+    if plan.cope is None:
         return GROUPS
-    return 1 if plan.contextual.positions > 64 or plan.trained else GROUPS
+    return 1 if plan.cope.positions > 64 or plan.trains_relative else GROUPS
 
 
-def _scratch(plan: Plan, groups: int, stages: int, inputs: dict[str, Array]) -> dict:
-    dtype, size = inputs["query"].dtype, inputs["query"].shape[3]
+def _scratch(
+    plan: Plan, groups: int, stages: int, inputs: Inputs, residuals: Residuals
+) -> QueryScratch:
+    """Shared memory and barriers of a block of queries."""
+    dtype, size = inputs.query.dtype, inputs.query.shape[3]
     operand = functools.partial(matrix, swizzle=_SWIZZLE)
-    own = dict.fromkeys(("query", "cotangent"), operand((groups, ROWS, size), dtype))
-    constants = {}
-    if plan.contextual is not None:
-        shapes = {"tables": inputs["tables"].shape[3], "slots": inputs["unwritten"].shape[1]}
-        own |= {n: plgpu.SMEM((groups, ROWS, words), jnp.float32) for n, words in shapes.items()}
-        constants["lower"] = operand((HALF, HALF), jnp.float16)
-        constants["upper"] = operand((HALF, HALF), jnp.bfloat16)
-    passing = dict.fromkeys(fetched(plan), operand((stages, HALF, size), dtype))
+    float32 = functools.partial(plgpu.SMEM, dtype=jnp.float32)
+    rows = Buffer.own(operand((groups, ROWS, size), dtype))
+    keys = Buffer.ring(operand((stages, TILE_KEYS, size), dtype), groups)
+    scratch = QueryScratch(
+        key=keys,
+        value=keys,
+        gate_key=None if inputs.gate_key is None else keys,
+        query=rows,
+        cotangent=rows,
+    )
     if plan.relative:
-        passing["bands"] = plgpu.SMEM((stages, groups * ROWS + HALF), jnp.float32)
-    scratch = with_barriers(own=own, constants=constants, passing=passing, groups=groups)
-    return scratch | (bands.scratch_shapes(groups) if plan.trained else {})
+        words = Buffer.ring(float32((stages, groups * ROWS + TILE_KEYS)), groups)
+        scratch = dataclasses.replace(scratch, distance_bias=words)
+    if plan.trains_relative:
+        sums, carried = relative.scratch_types(groups)
+        scratch = dataclasses.replace(scratch, diagonals=sums, carried_diagonals=carried)
+    if plan.cope is None:
+        return scratch
+    triangle = (TILE_KEYS, TILE_KEYS)
+    return dataclasses.replace(
+        scratch,
+        tables=Buffer.own(float32((groups, ROWS, inputs.tables.shape[3]))),
+        slots=Buffer.own(float32((groups, ROWS, residuals.empty_slots.shape[1]))),
+        lower_triangle=Buffer.constant(operand(triangle, jnp.float16)),
+        upper_triangle=Buffer.constant(operand(triangle, jnp.bfloat16)),
+    )
 
 
-def _kernel(plan: Plan, ranges: Ranges, groups: int, refs: Refs, scratch: Refs) -> None:
+def _kernel(
+    plan: Plan,
+    ranges: Ranges,
+    groups: int,
+    inputs: Inputs,
+    residuals: Residuals,
+    outputs: QueryGradients,
+    scratch: QueryScratch,
+) -> None:
     batch, head, group = (jax.lax.axis_index(name) for name in ("batch", "head", "group"))
-    tile = refs["query"].shape[1] // (ROWS * groups) - 1 - jax.lax.axis_index("tile")
-    pairs = plan.blocks.key // PAIR
+    tile = inputs.query.shape[1] // (ROWS * groups) - 1 - jax.lax.axis_index("tile")
+    steps = plan.blocks.key // STEP_KEYS
     spans = [
-        _in_pairs(ranges.span(refs["ranges"], batch, tile * groups + g), pairs)
+        _in_steps(ranges.span(inputs.ranges, batch, tile * groups + g), steps)
         for g in range(groups)
     ]
     low, high = union(spans)
-    ring = Ring(plan, scratch, fetched(plan), scratch["key"].shape[0], 2 * low, 1)
+    ring = Ring(scratch.rings, scratch.key.array.shape[0], 2 * low, 1, plan.emulated)
 
     @pl.when(group == groups)
     def _():
         share_registers(groups, computes=False)
         rows = pl.ds(tile * groups * ROWS, groups * ROWS)
-        sources = keys_of(refs, batch, head, rows, HALF)
+        sources = key_sources(inputs, batch, head, rows, TILE_KEYS)
         ring.fetch(2 * jnp.maximum(high - low + 1, 0), sources)
 
     @pl.when(group < groups)
     def _():
         share_registers(groups, computes=True)
-        place = Place(batch, head, (tile * groups + group) * ROWS, jnp.int32(0))
-        queries = Queries(plan, refs, scratch, group, place, ring, gate_bias(plan, refs, head))
-        _compute(queries, own_span(spans, group), high, low)
+        origin = Origin(batch, head, (tile * groups + group) * ROWS, jnp.int32(0))
+        bias = gate_bias_of(inputs, head)
+        queries = Queries(plan, inputs, scratch, group, origin, ring, bias)
+        _compute(queries, residuals, outputs, own_span(spans, group), high, low)
 
 
-def _in_pairs(span: Span, pairs: int) -> Span:
-    """From blocks of `GpuBlocks.key` keys to 64 keys."""
+def _in_steps(span: Span, steps: int) -> Span:
+    """The span in steps, of which a block of keys has `steps`."""
     first, full_first, full_last, last = span
-    end = pairs - 1
-    return Span(first * pairs, full_first * pairs, full_last * pairs + end, last * pairs + end)
+    end = steps - 1
+    return Span(first * steps, full_first * steps, full_last * steps + end, last * steps + end)
 
 
-def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
-    """All of one warpgroup."""
-    plan, size = queries.plan, queries.refs["query"].shape[3]
-    own = plan.contextual is not None
-    queries.fetch_own(["query", "cotangent"], ["tables"] * own, ["lower", "upper"] * own)
-    if own:
-        queries.fill("slots", "unwritten")
-    if plan.trained:
-        bands.clear(queries)
+def _compute(
+    queries: Queries,
+    residuals: Residuals,
+    outputs: QueryGradients,
+    span: Span,
+    high: Array,
+    low: Array,
+) -> None:
+    """All blocks of one warpgroup."""
+    plan, size = queries.plan, outputs.query.shape[3]
+    _fetch_own(queries, residuals)
+    if plan.trains_relative:
+        relative.clear(queries)
     zeros = lambda n: plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), plgpu.Layout.WGMMA)  # noqa: E731
-    sums = [*[per_row(0.0)] * 3, zeros(8)] if own else [None] * 4
-    walk = Walk(zeros(size), *sums)
-    first = queries.tile(jnp.int32(0), 0, HALF)
-    rows = Rows(first.per_query("lse"), first.per_query("delta"), None)
+    sums = [None] * 4 if plan.cope is None else [*[per_row(0.0)] * 3, zeros(8)]
+    state = GradientState(zeros(size), *sums)
+    first = queries.tile(jnp.int32(0), 0, TILE_KEYS)
+    rows = RowValues(first.per_query(residuals.lse), first.per_query(residuals.delta), None)
     careful, band, plain = (
-        functools.partial(_pair, queries, rows, counts=counts and own, masked=masked)
+        functools.partial(
+            add_step, queries, outputs, rows, residuals.carries if counts else None, masked=masked
+        )
         for counts, masked in ((True, True), (True, False), (False, False))
     )
     last_plain = span.full_last
-    if own:
-        pairs = plan.blocks.key // PAIR
-        last_plain = queries.number("plain") * pairs + pairs - 1
+    if plan.cope is not None:
+        steps, origin = plan.blocks.key // STEP_KEYS, queries.origin
+        block = residuals.last_plain[origin.batch, origin.head, origin.query]
+        last_plain = block * steps + steps - 1
+
+    def skip(index, state):
+        return queries.ring.skip(2 * index + 1, queries.ring.skip(2 * index, state))
 
     def side(number, loop):
-        """On the left of the full ones and over them; on the right of them; the rest."""
+        """On the left of the full blocks and over them; on the right of them; the others."""
         choose = lambda a, b, c: jnp.where(number == 0, a, jnp.where(number == 1, b, c))  # noqa: E731
-        loop = loop_up(choose(span.first - 1, _NOWHERE, high), _skip(queries.ring), loop)
+        loop = loop_up(choose(span.first - 1, _NOWHERE, high), skip, loop)
         loop = loop_up(choose(span.full_first - 1, span.last, _NOWHERE), careful, loop)
         full = choose(span.full_last, _NOWHERE, _NOWHERE)
         loop = loop_up(jnp.minimum(full, last_plain), plain, loop)
-        return loop_up(full, band, loop) if own else loop
+        return loop if plan.cope is None else loop_up(full, band, loop)
 
-    _, walk = jax.lax.fori_loop(0, 3, side, (low, walk))
-    queries.send("query_gradient", (walk.query * unit(plan)).astype(queries.refs["query"].dtype))
-    if own:
-        queries.save("total", walk.total)
-        queries.save("moment", walk.moment)
-        queries.save("gate_bias_gradient", jnp.sum(walk.gate_bias, axis=1))
-        queries.send_rows("slots")
-
-
-def _skip(ring: Ring):
-    def body(index, walk):
-        return ring.skip(2 * index + 1, ring.skip(2 * index, walk))
-
-    return body
+    _, state = jax.lax.fori_loop(0, 3, side, (low, state))
+    gradient = (state.query * gradient_scale(plan)).astype(outputs.query.dtype)
+    queries.send_tokens(outputs.query, gradient)
+    if plan.cope is not None:
+        queries.save(outputs.total, state.total)
+        queries.save(outputs.moment, state.moment)
+        queries.save(outputs.gate_bias, jnp.sum(state.gate_bias, axis=1))
+        queries.send(queries.scratch.slots, queries.origin.of_heads(outputs.slots))
 
 
-def _pair(
-    queries: Queries, rows: Rows, index: Array, walk: Walk, *, counts: bool, masked: bool
-) -> Walk:
-    """64 keys, the left half first."""
-    ring = queries.ring
-    left, right = (queries.tile(2 * index + n, 0, HALF) for n in range(2))
-    ring.wait(ring.names, 2 * index)
-    ring.wait(ring.names, 2 * index + 1)
-    if counts:
-        walk = _apart(walk)
-        left.save("prefixes", walk.left, index)
-    for number, tile in enumerate((left, right)):
-        walk = _half(tile, rows, walk, number * HALF, counts=counts, masked=masked)
-        ring.release(ring.names, 2 * index + number)
-    if queries.plan.trained:
-        bands.send(queries, index)
-    return walk
-
-
-def _apart(walk: Walk) -> Walk:
-    """The same sums in registers of their own.
-
-    ptxas makes all matrix instructions wait for each other (its message C7511) where accumulators
-    begin in a register that a loop carries on. Adding 0 is a copy that no compiler leaves out.
-    """
-    names = ("left", "total", "moment")
-    return walk._replace(**{name: getattr(walk, name) + 0.0 for name in names})
-
-
-def _half(tile: Tile, rows: Rows, walk: Walk, start: int, *, counts: bool, masked: bool) -> Walk:
-    """32 keys, `start` of the same 64 before them."""
-    plan, dtype = tile.plan, tile.operands["key"].dtype
-    multiply = functools.partial(multiply_into, emulated=plan.emulated)
-    rows = rows._replace(left=walk.left)
-    counted, found = gradients_of(tile, rows, counts=counts, masked=masked)
-    if plan.trained:
-        collect(tile.operands["sums"], found.dlogits, start=start, emulated=plan.emulated)
-    query = multiply(walk.query, of_keys(plan, found).astype(dtype), tile.operands["key"])
-    if counted is None:
-        return walk._replace(query=query)
-    if plan.contextual.own_gate_key:
-        query = multiply(query, of_gates(plan, found).astype(dtype), tile.operands["gate_key"])
-    if plan.contextual.gate_bias:
-        walk = walk._replace(gate_bias=_added(walk.gate_bias, found.dx))
-    total, moment = _table_sums(tile, counted, found.dlogits, walk)
-    return walk._replace(query=query, left=found.left, total=total, moment=moment)
-
-
-def _added(total: Float[Array, "64 8"], x: Float[Array, "64 n"]) -> Float[Array, "64 8"]:
-    """Every eighth column; the rest of the sum takes other threads' numbers, once in the end."""
-    for start in range(0, x.shape[1], total.shape[1]):
-        total = total + x[:, start : start + total.shape[1]]
-    return total
-
-
-def _table_sums(tile: Tile, counted: Counted, dlogits: Array, walk: Walk) -> tuple[Array, Array]:
-    """Running sums of dlogits and of dlogits times where in their bin, to slots and onward."""
-    contextual = tile.plan.contextual
-    totals = scan(tile, dlogits, walk.total)
-    moments = scan(tile, dlogits * counted.values.fraction, walk.moment)
-    store_crossings(
-        tile.operands["slots"],
-        tile.operands["tables"],
-        counted.places,
-        counted.gates,
-        totals,
-        moments,
-        last=contextual.last,
-        gate_unit=contextual.gate_unit,
-        emulated=tile.plan.emulated,
-    )
-    last = functools.partial(column, index=tile.size - 1, emulated=tile.plan.emulated)
-    return last(totals), last(moments)
+def _fetch_own(queries: Queries, residuals: Residuals) -> None:
+    """Copies the queries, their cotangents and what they need to count."""
+    inputs, scratch, origin = queries.inputs, queries.scratch, queries.origin
+    own = [
+        (origin.of_tokens(inputs.query), scratch.query),
+        (origin.of_tokens(residuals.cotangent), scratch.cotangent),
+    ]
+    if queries.plan.cope is None:
+        copy_once(queries.group, own, [])
+        return
+    own.append((origin.of_heads(inputs.tables), scratch.tables))
+    triangles = [
+        (inputs.lower_triangle, scratch.lower_triangle),
+        (residuals.upper_triangle, scratch.upper_triangle),
+    ]
+    copy_once(queries.group, own, triangles)
+    copy_once(queries.group, [(residuals.empty_slots, scratch.slots)], [])

@@ -1,6 +1,6 @@
 """Tiles and their diagonals: a number of each added to the tile, and the sums along each.
 
-As `instructions`, each has two forms: machine instructions, and `emulated` for the interpreter.
+As in `products`, each has two forms: machine instructions, and `emulated` for the interpreter.
 Diagonal w of a tile of 64 queries holds the pairs of query r and key c with c - r + 63 = w.
 """
 
@@ -14,11 +14,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from posjax.kernels.gpu.mlir import address_of, element, i32, shared_pointer, whole, with_element
 from posjax.kernels.gpu.plan import ROWS
+from posjax.kernels.gpu.registers import (
+    address_of,
+    constant,
+    element,
+    i32,
+    shared_pointer,
+    with_element,
+)
 from posjax.types import Array, Float, Int
 
-__all__ = ["SUMS", "WIDTH", "add_band", "collect"]
+__all__ = ["SUMS", "WIDTH", "add_diagonals", "collect"]
 
 # Rows of partial sums: a thread's two rows of a tile are one, in each of four warps.
 SUMS = 32
@@ -28,37 +35,37 @@ WIDTH = 136
 _LAST = ROWS - 1
 
 
-def add_band(
-    band, x: Float[Array, "64 n"], factor: float, *, emulated: bool
+def add_diagonals(
+    numbers, x: Float[Array, "64 n"], factor: float, *, emulated: bool
 ) -> Float[Array, "64 n"]:
     """`x * factor`, and the number of its diagonal added to each pair.
 
     Args:
-        band: [63 + n or more] in shared memory.
+        numbers: [63 + n or more] in shared memory.
     """
     if emulated:
-        return x * factor + band[...][_diagonal(x.shape)]
+        return x * factor + numbers[...][_diagonal(x.shape)]
     layout = plgpu.Layout.WGMMA
     result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)
-    def add(ctx, numbers, tile):
+    def add(ctx, memory, tile):
         del ctx
         row, column = _first_pair(tile)
-        words = arith.addi(arith.subi(column, row), whole(_LAST))
-        start = arith.addi(address_of(numbers), arith.muli(words, whole(4)))
-        f32, found = ir.F32Type.get(), np.empty_like(tile.registers)
-        unit = arith.constant(f32, factor)
+        words = arith.addi(arith.subi(column, row), constant(_LAST))
+        start = arith.addi(address_of(memory), arith.muli(words, constant(4)))
+        f32, registers = ir.F32Type.get(), np.empty_like(tile.registers)
+        scale = arith.constant(f32, factor)
         for at, down, right in _registers(tile):
             register = tile.registers[at]
             for n in range(2):
-                pointer = shared_pointer(arith.addi(start, whole(4 * (right + n - down))))
-                value = llvm.intr_fma(element(register, n), unit, llvm.load(f32, pointer))
+                pointer = shared_pointer(arith.addi(start, constant(4 * (right + n - down))))
+                value = llvm.intr_fma(element(register, n), scale, llvm.load(f32, pointer))
                 register = with_element(register, value, n)
-            found[at] = register
-        return mgpu.FragmentedArray(_registers=found, _layout=tile.layout, _is_signed=None)
+            registers[at] = register
+        return mgpu.FragmentedArray(_registers=registers, _layout=tile.layout, _is_signed=None)
 
-    return add(band, x)
+    return add(numbers, x)
 
 
 def collect(sums, x: Float[Array, "64 n"], *, start: int, emulated: bool) -> None:
@@ -67,31 +74,32 @@ def collect(sums, x: Float[Array, "64 n"], *, start: int, emulated: bool) -> Non
     Row by row they are partial sums, in fixed places, each written by one thread.
 
     Args:
-        sums: [32, 136] in shared memory, 0 where no thread writes.
-        start: how many keys of the same 64 have been collected before this tile; where it is 0,
-            what was there is forgotten.
+        sums: [32, 136] in shared memory, 0 if no thread writes there.
+        start: how many keys of the same 64 have been collected before this tile; if it is 0, the
+            old sums are forgotten.
     """
     if emulated:
         sums[...] = _collected(sums[...], x, start)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA), return_type=None)
-    def store(ctx, rooms, tile):
+    def store(ctx, memory, tile):
         del ctx
         row, column = _first_pair(tile)
-        room = arith.addi(
-            arith.muli(arith.shrui(row, whole(4)), whole(8)), arith.andi(row, whole(7))
+        target = arith.addi(
+            arith.muli(arith.shrui(row, constant(4)), constant(8)),
+            arith.andi(row, constant(7)),
         )
-        words = arith.addi(arith.muli(room, whole(WIDTH)), arith.subi(column, row))
-        base = arith.addi(address_of(rooms), arith.muli(words, whole(4)))
+        words = arith.addi(arith.muli(target, constant(WIDTH)), arith.subi(column, row))
+        base = arith.addi(address_of(memory), arith.muli(words, constant(4)))
         totals: dict[int, ir.Value] = {}
         for at, down, right in _registers(tile):
             for n in range(2):
                 value, diagonal = element(tile.registers[at], n), right + n - down
-                known = totals.get(diagonal)
-                totals[diagonal] = value if known is None else arith.addf(known, value)
+                before = totals.get(diagonal)
+                totals[diagonal] = value if before is None else arith.addf(before, value)
         for diagonal, total in totals.items():
-            pointer = shared_pointer(arith.addi(base, whole(4 * (diagonal + start + _LAST))))
+            pointer = shared_pointer(arith.addi(base, constant(4 * (diagonal + start + _LAST))))
             if start and diagonal < 0:
                 # The tile on the left has ended on this diagonal, in this thread.
                 total = arith.addf(llvm.load(ir.F32Type.get(), pointer), total)

@@ -5,12 +5,12 @@
 Two warpgroups compute, 64 queries each; a third one fetches blocks of keys and values, from right
 to left, which both share. A warpgroup goes through these loops:
 
-| loop    | blocks                                                 | tile                        |
-|---------|--------------------------------------------------------|-----------------------------|
-| skip    | that the other warpgroup needs                         | none                        |
-| careful | that are masked in parts                               | mask, count, table          |
-| band    | that all queries see, until every count has saturated  | count, table                |
-| plain   | the others that all queries see                        | attention without a bias    |
+| loop    | blocks                                                        | tile                   |
+|---------|---------------------------------------------------------------|------------------------|
+| skip    | needed only by the other warpgroup                            | none                   |
+| careful | partly masked                                                 | mask, count, table     |
+| band    | fully visible, until the counts of all queries have saturated | count, table           |
+| plain   | fully visible                                                 | ordinary attention     |
 
 With `GpuBlocks.ping_pong` the two warpgroups take turns: they meet twice in every block of keys,
 before the softmax and after it, one of them half a block behind. While one computes its softmax the
@@ -19,6 +19,7 @@ matrix units work for the other. Both visit every block, so they meet equally of
 Logits and their log-sum-exp are in units of ln 2.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,20 +30,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.common import LOG2E, MASKED
-from posjax.kernels.gpu.instructions import multiply_into
-from posjax.kernels.gpu.layout import (
-    Barriers,
-    Refs,
-    launch,
-    matrix,
-    per_row,
-    share_registers,
-    with_barriers,
-)
-from posjax.kernels.gpu.plan import GROUPS, ROWS, Plan
+from posjax.kernels.gpu.arrays import Inputs, Outputs
+from posjax.kernels.gpu.layout import Buffer, launch, matrix, per_row, present, share_registers
+from posjax.kernels.gpu.plan import GROUPS, ROWS, TILE_KEYS, Plan
+from posjax.kernels.gpu.products import multiply_into
+from posjax.kernels.gpu.queries import Queries, QueryScratch, loop_down, own_span, union
+from posjax.kernels.gpu.ring import Ring, copy_once, key_sources
 from posjax.kernels.gpu.stores import all_reach
-from posjax.kernels.gpu.tiles import SAVED, Place, Tile, along_rows, first_place, gate_bias
-from posjax.kernels.gpu.walk import Queries, Ring, fetched, keys_of, loop_down, own_span, union
+from posjax.kernels.gpu.tiles import Origin, Tile, along_rows, first_place, gate_bias_of
 from posjax.kernels.ranges import Ranges, Span
 from posjax.types import Array, Float
 
@@ -52,37 +47,34 @@ __all__ = ["forward"]
 _NOWHERE = 2**30
 
 
-class Walk(NamedTuple):
-    """What a warpgroup has of its queries; `place` only with a contextual bias."""
+class SoftmaxState(NamedTuple):
+    """The softmax of a warpgroup's queries over the keys so far.
 
-    output: Float[Array, "64 E"]
+    `place` is that on the left of these keys, with a contextual bias.
+    """
+
+    output: Float[Array, "64 H"]
     maximum: Float[Array, "64"]
     total: Float[Array, "64"]
     place: Float[Array, "64"] | None
 
 
-def forward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, Array]:
-    """Output [B, T, N, E], what rounding took from it (`rest`), and log-sum-exp [B, N, T].
-
-    With a contextual bias also `carries` [B, N, S / 32, T], places on the right of every 32 keys
-    that were counted (elsewhere nothing is written), and `plain` [B, N, T], the last block of keys
-    that was plain attention, one number for 64 queries.
-    """
-    batch, length, heads, _ = inputs["query"].shape
-    keys, size = inputs["value"].shape[1], inputs["value"].shape[3]
-    dtype = inputs["query"].dtype
-    outputs = {
-        "output": jax.ShapeDtypeStruct((batch, length, heads, size), dtype),
-        "rest": jax.ShapeDtypeStruct((batch, length, heads, size), dtype),
-        "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-    }
-    if plan.contextual is not None:
-        carries = (batch, heads, keys // SAVED, length)
-        outputs["carries"] = jax.ShapeDtypeStruct(carries, jnp.float32)
-        outputs["plain"] = jax.ShapeDtypeStruct((batch, heads, length), jnp.int32)
+def forward(plan: Plan, ranges: Ranges, inputs: Inputs) -> Outputs:
+    """Output, its residual and log-sum-exp, and with a contextual bias what counts left behind."""
+    batch, length, heads, _ = inputs.query.shape
+    keys, size = inputs.value.shape[1], inputs.value.shape[3]
+    output = jax.ShapeDtypeStruct((batch, length, heads, size), inputs.query.dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    outputs = Outputs(output, output, lse)
+    if plan.cope is not None:
+        carries = (batch, heads, keys // TILE_KEYS, length)
+        outputs = outputs._replace(
+            carries=jax.ShapeDtypeStruct(carries, jnp.float32),
+            last_plain=jax.ShapeDtypeStruct((batch, heads, length), jnp.int32),
+        )
     return launch(
         functools.partial(_kernel, plan, ranges),
-        inputs,
+        (inputs,),
         outputs,
         grid={"head": heads, "tile": length // (ROWS * GROUPS), "batch": batch},
         scratch=_scratch(plan, inputs),
@@ -90,184 +82,215 @@ def forward(plan: Plan, ranges: Ranges, inputs: dict[str, Array]) -> dict[str, A
     )
 
 
-def _scratch(plan: Plan, inputs: dict[str, Array]) -> dict:
+def _scratch(plan: Plan, inputs: Inputs) -> QueryScratch:
     """Shared memory and barriers of a block of queries."""
-    blocks, dtype, size = plan.blocks, inputs["query"].dtype, inputs["query"].shape[3]
-    own = {"query": matrix((GROUPS, ROWS, size), dtype)}
-    constants = {}
-    if plan.contextual is not None:
-        own["tables"] = plgpu.SMEM((GROUPS, *_table_shape(inputs)), jnp.float32)
-        constants["lower"] = matrix((blocks.count, blocks.count), jnp.float16)
-    passing = dict.fromkeys(fetched(plan), matrix((blocks.stages, blocks.key, size), dtype))
+    blocks, dtype, size = plan.blocks, inputs.query.dtype, inputs.query.shape[3]
+    keys = Buffer.ring(matrix((blocks.stages, blocks.key, size), dtype), GROUPS)
+    scratch = QueryScratch(
+        key=keys,
+        value=keys,
+        gate_key=None if inputs.gate_key is None else keys,
+        query=Buffer.own(matrix((GROUPS, ROWS, size), dtype)),
+        turn=plgpu.Barrier(num_arrivals=GROUPS, num_barriers=1) if blocks.ping_pong else None,
+    )
     if plan.relative:
-        words = ROWS * GROUPS + blocks.key
-        passing["bands"] = plgpu.SMEM((blocks.stages, words), jnp.float32)
-    turns = {"turn": Barriers(1, arrivals=GROUPS)} if blocks.ping_pong else {}
-    return with_barriers(own=own, constants=constants, passing=passing) | turns
+        words = plgpu.SMEM((blocks.stages, ROWS * GROUPS + blocks.key), jnp.float32)
+        scratch = dataclasses.replace(scratch, distance_bias=Buffer.ring(words, GROUPS))
+    if plan.cope is None:
+        return scratch
+    tables = plgpu.SMEM((GROUPS, ROWS, inputs.tables.shape[3]), jnp.float32)
+    triangle = matrix((blocks.count, blocks.count), jnp.float16)
+    return dataclasses.replace(
+        scratch, tables=Buffer.own(tables), lower_triangle=Buffer.constant(triangle)
+    )
 
 
-def _table_shape(inputs: dict[str, Array]) -> tuple[int, int]:
-    return ROWS, inputs["tables"].shape[3]
-
-
-def _kernel(plan: Plan, ranges: Ranges, refs: Refs, scratch: Refs) -> None:
+def _kernel(
+    plan: Plan, ranges: Ranges, inputs: Inputs, outputs: Outputs, scratch: QueryScratch
+) -> None:
     batch, head, group = (jax.lax.axis_index(name) for name in ("batch", "head", "group"))
     # The tiles with most keys first.
-    tile = refs["query"].shape[1] // (ROWS * GROUPS) - 1 - jax.lax.axis_index("tile")
-    spans = [ranges.span(refs["ranges"], batch, tile * GROUPS + g) for g in range(GROUPS)]
+    tile = inputs.query.shape[1] // (ROWS * GROUPS) - 1 - jax.lax.axis_index("tile")
+    spans = [ranges.span(inputs.ranges, batch, tile * GROUPS + g) for g in range(GROUPS)]
     low, high = union(spans)
-    ring = Ring(plan, scratch, fetched(plan), plan.blocks.stages, high, -1)
+    ring = Ring(scratch.rings, plan.blocks.stages, high, -1, plan.emulated)
 
     @pl.when(group == GROUPS)
     def _():
         share_registers(GROUPS, computes=False)
         rows = pl.ds(tile * GROUPS * ROWS, GROUPS * ROWS)
-        sources = keys_of(refs, batch, head, rows, plan.blocks.key)
+        sources = key_sources(inputs, batch, head, rows, plan.blocks.key)
         ring.fetch(jnp.maximum(high - low + 1, 0), sources)
 
     @pl.when(group < GROUPS)
     def _():
         share_registers(GROUPS, computes=True)
-        place = Place(batch, head, (tile * GROUPS + group) * ROWS, jnp.int32(0))
-        bias = gate_bias(plan, refs, head)
-        queries = Queries(plan, refs, scratch, group, place, ring, bias)
-        _compute(queries, own_span(spans, group), high, low)
+        origin = Origin(batch, head, (tile * GROUPS + group) * ROWS, jnp.int32(0))
+        bias = gate_bias_of(inputs, head)
+        queries = Queries(plan, inputs, scratch, group, origin, ring, bias)
+        _compute(queries, outputs, own_span(spans, group), high, low)
 
 
-def _compute(queries: Queries, span: Span, high: Array, low: Array) -> None:
-    """All of one warpgroup."""
-    plan, size = queries.plan, queries.refs["output"].shape[3]
-    own = plan.contextual is not None
-    queries.fetch_own(["query"], ["tables"] * own, ["lower"] * own)
-    walk = Walk(
+def _compute(queries: Queries, outputs: Outputs, span: Span, high: Array, low: Array) -> None:
+    """All blocks of one warpgroup."""
+    plan, size = queries.plan, outputs.output.shape[3]
+    _fetch_own(queries)
+    state = SoftmaxState(
         output=plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA),
         maximum=per_row(MASKED),
         total=per_row(0.0),
-        place=first_place(plan, queries.place.query) if own else None,
+        place=None if plan.cope is None else first_place(plan, queries.origin.query),
     )
     careful, band, plain = (
-        functools.partial(_block, queries, counts=counts and own, masked=masked)
+        functools.partial(
+            _block, queries, outputs, counts=counts and plan.cope is not None, masked=masked
+        )
         for counts, masked in ((True, True), (True, False), (False, False))
     )
 
     def side(number, loop):
-        """On the right of the full blocks and over them; on the left of them; the rest."""
+        """On the right of the full blocks and over them; on the left of them; the others."""
         choose = lambda a, b, c: jnp.where(number == 0, a, jnp.where(number == 1, b, c))  # noqa: E731
         skip = functools.partial(_skip, queries)
         loop = loop_down(choose(span.last + 1, _NOWHERE, low), skip, loop)
         loop = loop_down(choose(span.full_last + 1, span.first, _NOWHERE), careful, loop)
         bound = choose(span.full_first, _NOWHERE, _NOWHERE)
-        if own:
-            loop = loop_down(bound, band, loop, unless=functools.partial(_finished, plan))
+        if plan.cope is not None:
+            loop = loop_down(bound, band, loop, unless=functools.partial(_saturated, plan))
             last = per_row(loop[0], jnp.int32)
-            pl.when(number == 0)(lambda: queries.save("plain", last))
+            pl.when(number == 0)(lambda: queries.save(outputs.last_plain, last))
         return loop_down(bound, plain, loop)
 
     # The second warpgroup starts when the first one comes to its softmax.
-    pl.when(queries.group == 1)(functools.partial(_meet, queries))
-    _, walk = jax.lax.fori_loop(0, 3, side, (high, walk))
-    pl.when(queries.group == 0)(functools.partial(_meet, queries))
-    _finish(queries, walk)
+    pl.when(queries.group == 1)(functools.partial(_take_turns, queries))
+    _, state = jax.lax.fori_loop(0, 3, side, (high, state))
+    pl.when(queries.group == 0)(functools.partial(_take_turns, queries))
+    _finish(queries, outputs, state)
 
 
-def _finished(plan: Plan, walk: Walk) -> Array:
+def _fetch_own(queries: Queries) -> None:
+    """Copies the queries and what they need to count."""
+    inputs, scratch, origin = queries.inputs, queries.scratch, queries.origin
+    own, constants = [(origin.of_tokens(inputs.query), scratch.query)], []
+    if queries.plan.cope is not None:
+        own.append((origin.of_heads(inputs.tables), scratch.tables))
+        constants.append((inputs.lower_triangle, scratch.lower_triangle))
+    copy_once(queries.group, own, constants)
+
+
+def _saturated(plan: Plan, state: SoftmaxState) -> Array:
     """Whether all queries have counted to the end of the table."""
-    return all_reach(walk.place, plan.contextual.finished, emulated=plan.emulated)
+    return all_reach(state.place, plan.cope.saturated_place, emulated=plan.emulated)
 
 
-def _meet(queries: Queries) -> None:
+def _take_turns(queries: Queries) -> None:
     """Waits until the other warpgroup comes here too, if they take turns."""
     if queries.plan.blocks.ping_pong:
-        turn = queries.scratch["turn"].at[0]
+        turn = queries.scratch.turn.at[0]
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
 
-def _skip(queries: Queries, index: Array, walk: Walk) -> Walk:
-    """A block that only the other warpgroup needs."""
+def _skip(queries: Queries, index: Array, state: SoftmaxState) -> SoftmaxState:
+    """Passes a block that only the other warpgroup needs."""
     for _ in range(2):
-        _meet(queries)
-    return queries.ring.skip(index, walk)
+        _take_turns(queries)
+    return queries.ring.skip(index, state)
 
 
-def _block(queries: Queries, index: Array, walk: Walk, *, counts: bool, masked: bool) -> Walk:
-    """One block of keys, some keys at a time, from right to left."""
-    plan, ring = queries.plan, queries.ring
+def _block(
+    queries: Queries,
+    outputs: Outputs,
+    index: Array,
+    state: SoftmaxState,
+    *,
+    counts: bool,
+    masked: bool,
+) -> SoftmaxState:
+    """Adds one block of keys, some keys at a time, from right to left."""
+    plan, ring, scratch = queries.plan, queries.ring, queries.scratch
     size = plan.blocks.count if counts else plan.blocks.key
     # Masks take registers.
     size = min(size, 64) if masked else size
-    late = [name for name in ring.names if name in ("value", "bands")]
-    names = [name for name in ring.names if name not in late]
-    ring.wait(names, index)
+    keys, bias = present(scratch.key, scratch.gate_key), present(scratch.distance_bias)
+    ring.wait(keys, index)
     starts = list(reversed(range(0, plan.blocks.key, size)))
     for start in starts:
         tile = queries.tile(index, start, size)
-        dots = gate_dots = tile.dots("query", "key")
-        if counts and "gate_key" in names:
-            gate_dots = tile.dots("query", "gate_key")
+        operands = tile.operands
+        dots = gate_dots = tile.dots(operands.query, operands.key)
+        if counts and operands.gate_key is not None:
+            gate_dots = tile.dots(operands.query, operands.gate_key)
         if start == starts[0]:
-            _meet(queries)
+            _take_turns(queries)
         if start == 0:
-            ring.release(names, index)
+            ring.release(keys, index)
         allowed = tile.allowed() if masked else None
-        if start == starts[0] and plan.relative:
-            ring.wait(["bands"], index)
-        unit, values = plan.scale * LOG2E, None
+        if start == starts[0]:
+            ring.wait(bias, index)
+        scale, values = plan.scale * LOG2E, None
         if counts:
-            places = tile.places(tile.gates(gate_dots, allowed), walk.place)
+            places = tile.places(tile.gates(gate_dots, allowed), state.place)
             values = tile.table_values(places)
-            walk = walk._replace(place=_save_places(tile, places, walk.place))
-        if unit > 0 and not (counts or plan.relative):
-            logits = dots, unit
+            state = state._replace(place=_save_places(tile, outputs, places, state.place))
+        if scale > 0 and not (counts or plan.relative):
+            logits = dots, scale
         else:
             logits = tile.logits(dots, values), 1.0
         if start == starts[0]:
-            # Softmax is on its way meanwhile.
-            ring.wait(["value"], index)
-        turn = functools.partial(_meet, queries) if start == 0 else None
-        walk = _absorb(tile, walk, *logits, allowed, turn)
-    ring.release(late, index)
-    return walk
+            # They arrive during the softmax.
+            ring.wait([scratch.value], index)
+        turn = functools.partial(_take_turns, queries) if start == 0 else None
+        state = _update_softmax(tile, state, *logits, allowed, turn)
+    ring.release([scratch.value, *bias], index)
+    return state
 
 
-def _save_places(tile: Tile, places: Array, right: Array) -> Array:
-    """Keeps the places on the right of every `SAVED` keys; that on the left of the tile."""
-    lefts = [tile.left(places, start) for start in range(0, tile.size, SAVED)]
+def _save_places(tile: Tile, outputs: Outputs, places: Array, right: Array) -> Array:
+    """Saves the places on the right of every `TILE_KEYS` keys; returns that left of the tile."""
+    lefts = [tile.left(places, start) for start in range(0, tile.size, TILE_KEYS)]
     for number, place in enumerate([*lefts[1:], right]):
-        tile.save("carries", place, tile.place.key // SAVED + number)
+        tile.save(outputs.carries, place, tile.origin.key // TILE_KEYS + number)
     return lefts[0]
 
 
-def _absorb(
-    tile: Tile, walk: Walk, logits: Array, unit: float, allowed: Array | None, turn: Callable | None
-) -> Walk:
-    """Softmax over the keys so far, and their values; logits are in units of ln 2 / `unit` > 0.
+def _update_softmax(
+    tile: Tile,
+    state: SoftmaxState,
+    logits: Array,
+    scale: float,
+    allowed: Array | None,
+    turn: Callable[[], None] | None,
+) -> SoftmaxState:
+    """Adds a tile's keys and values.
 
     Args:
-        turn: what waits for this warpgroup's turn at the matrix units.
+        logits: in units of ln 2 / `scale`, which is positive.
+        turn: waits for this warpgroup's turn at the matrix units.
     """
     if allowed is not None:
         logits = jnp.where(allowed, logits, MASKED)
-    maximum = jnp.maximum(walk.maximum, jnp.max(logits, axis=1) * unit)
-    weights = jnp.exp2(logits * unit - along_rows(maximum, logits.shape))
+    maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=1) * scale)
+    weights = jnp.exp2(logits * scale - along_rows(maximum, logits.shape))
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)
-    shrink = jnp.exp2(walk.maximum - maximum)
-    total = walk.total * shrink + jnp.sum(weights, axis=1)
-    output = walk.output * along_rows(shrink, walk.output.shape)
-    value = tile.operands["value"]
+    shrink = jnp.exp2(state.maximum - maximum)
+    total = state.total * shrink + jnp.sum(weights, axis=1)
+    output = state.output * along_rows(shrink, state.output.shape)
+    value = tile.operands.value
     weights = weights.astype(value.dtype)
     if turn is not None:
         turn()
     output = multiply_into(output, weights, value, emulated=tile.plan.emulated)
-    return walk._replace(output=output, maximum=maximum, total=total)
+    return state._replace(output=output, maximum=maximum, total=total)
 
 
-def _finish(queries: Queries, walk: Walk) -> None:
-    """Divides; a row that has seen nothing is 0."""
-    total = jnp.where(walk.total == 0, 1.0, walk.total)
-    queries.save("lse", walk.maximum + jnp.log2(total))
-    output = walk.output * along_rows(1.0 / total, walk.output.shape)
-    rounded = output.astype(queries.refs["output"].dtype)
-    queries.send("output", rounded)
-    queries.send("rest", (output - rounded.astype(jnp.float32)).astype(rounded.dtype))
+def _finish(queries: Queries, outputs: Outputs, state: SoftmaxState) -> None:
+    """Divides by the total; a row that has seen nothing is 0."""
+    total = jnp.where(state.total == 0, 1.0, state.total)
+    queries.save(outputs.lse, state.maximum + jnp.log2(total))
+    output = state.output * along_rows(1.0 / total, state.output.shape)
+    rounded = output.astype(outputs.output.dtype)
+    queries.send_tokens(outputs.output, rounded)
+    residual = output - rounded.astype(jnp.float32)
+    queries.send_tokens(outputs.output_residual, residual.astype(rounded.dtype))

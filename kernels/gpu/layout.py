@@ -1,9 +1,8 @@
 """Shared memory, barriers, and how the kernels are started."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +14,55 @@ from posjax.kernels.platforms import gpu_interpreter
 from posjax.types import Array, Num
 
 __all__ = [
-    "Barriers",
-    "Refs",
+    "Buffer",
     "fits",
     "launch",
     "matrix",
     "per_row",
+    "present",
     "row_layout",
     "share_registers",
     "tiled",
-    "with_barriers",
 ]
 
-# References by name.
-Refs = dict
-# Bytes of shared memory of a Hopper SM that a block may take, less what barriers and sums take.
-_ROOM = (227 - 3) * 1024
-# Where arrays in it begin.
+_Outputs = TypeVar("_Outputs", bound=tuple)
+# Bytes of shared memory of a Hopper SM that a block may take, less those of barriers and sums.
+_AVAILABLE = (227 - 3) * 1024
+# Arrays in it begin at multiples of it.
 _ALIGNMENT = 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class Barriers:
-    """`count` barriers, each passed after `arrivals`."""
+class Buffer(NamedTuple):
+    """Shared memory with its barriers: types for `launch`, references in a kernel.
 
-    count: int
-    arrivals: int = 1
+    `full` tells that a transfer has arrived; `free`, only in a ring, that all warpgroups are done.
+    """
 
-    def make(self) -> Any:
-        """As Pallas wants it."""
-        return plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.count)
+    array: Any
+    free: Any
+    full: Any
+
+    @classmethod
+    def own(cls, array: Any) -> "Buffer":
+        """Each warpgroup has its own part, first axis, with its own barrier."""
+        return cls(array, None, plgpu.Barrier(num_barriers=array.shape[0]))
+
+    @classmethod
+    def constant(cls, array: Any) -> "Buffer":
+        """All warpgroups read it; it is filled once."""
+        return cls(array, None, plgpu.Barrier(num_barriers=1))
+
+    @classmethod
+    def ring(cls, array: Any, readers: int) -> "Buffer":
+        """Stages, first axis, each of which `readers` warpgroups read."""
+        stages = array.shape[0]
+        free = plgpu.Barrier(num_arrivals=readers, num_barriers=stages)
+        return cls(array, free, plgpu.Barrier(num_barriers=stages))
+
+
+def present(*optional: Any) -> tuple:
+    """All that is not None."""
+    return tuple(x for x in optional if x is not None)
 
 
 def matrix(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
@@ -58,7 +76,7 @@ def matrix(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
 
 
 def tiled(dtype: Any, swizzle: int) -> tuple:
-    """How `matrix` lies in memory."""
+    """The transforms of `matrix`."""
     columns = swizzle // jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
 
@@ -73,30 +91,13 @@ def per_row(value: float | Array, dtype: Any = jnp.float32) -> Num[Array, "64"]:
     return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), row_layout())
 
 
-def with_barriers(*, own: dict, constants: dict, passing: dict, groups: int = GROUPS) -> dict:
-    """Shared memory, and the barriers that tell when it is full, and when it is free again.
-
-    Args:
-        own: each warpgroup's part, first axis.
-        constants: what all share.
-        passing: rings, first axis the stages.
-    """
-    shapes = own | constants | passing
-    count = {name: 1 for name in constants} | {
-        name: x.shape[0] for name, x in (own | passing).items()
-    }
-    full = {f"{name}_full": Barriers(count[name]) for name in shapes}
-    free = {f"{name}_free": Barriers(count[name], arrivals=groups) for name in passing}
-    return shapes | full | free
+def fits(scratch: Any) -> bool:
+    """Whether there is enough shared memory."""
+    return _shared_bytes(scratch) <= _AVAILABLE
 
 
-def fits(scratch: dict) -> bool:
-    """Whether there is as much shared memory."""
-    return _shared_bytes(scratch) <= _ROOM
-
-
-def _shared_bytes(scratch: dict) -> int:
-    arrays = [x for x in scratch.values() if not isinstance(x, Barriers)]
+def _shared_bytes(scratch: Any) -> int:
+    arrays = [x for x in jax.tree.leaves(scratch) if not isinstance(x, plgpu.Barrier)]
     sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
@@ -104,7 +105,7 @@ def _shared_bytes(scratch: dict) -> int:
 def share_registers(groups: int, *, computes: bool) -> None:
     """Moves registers from the warpgroup that fetches to those that compute.
 
-    With one of each there are as many for both as a thread can name.
+    A single one that computes has enough without: as many as an instruction can name.
     """
     if groups == GROUPS and computes:
         plgpu.set_max_registers(240, action="increase")
@@ -113,35 +114,44 @@ def share_registers(groups: int, *, computes: bool) -> None:
 
 
 def launch(
-    kernel: Callable[[Refs, Refs], None],
-    inputs: dict[str, Array],
-    outputs: dict[str, jax.ShapeDtypeStruct],
+    kernel: Callable[..., None],
+    inputs: tuple,
+    outputs: _Outputs,
     *,
     grid: dict[str, int],
-    scratch: dict,
+    scratch: Any,
     name: str,
     groups: int = GROUPS,
-) -> dict[str, Array]:
-    """Runs `kernel(references, scratch)` with the axis "group" for the warpgroups.
+) -> _Outputs:
+    """Runs `kernel(*inputs, outputs, scratch)` with the axis "group" for the warpgroups.
+
+    The kernel gets references in the same types. Memory is laid out in the order of the fields.
+
+    Args:
+        inputs: named tuples of arrays.
+        outputs: a named tuple of shapes and dtypes.
+        scratch: a tree of types of memory and barriers.
 
     Raises:
         ValueError: more shared memory than there is.
     """
     if not fits(scratch):
         raise ValueError(
-            f"{name} needs {_shared_bytes(scratch):,} bytes of shared memory of {_ROOM:,}; take "
-            "fewer keys or stages (kernels.blocks.GpuBlocks)."
+            f"{name} needs {_shared_bytes(scratch):,} bytes of shared memory of {_AVAILABLE:,}; "
+            "take fewer keys or stages (kernels.blocks.GpuBlocks)."
         )
-    names = [*inputs, *outputs]
-    made = {n: x.make() if isinstance(x, Barriers) else x for n, x in scratch.items()}
+    arrays, inputs_tree = jax.tree.flatten(inputs)
+    shapes, outputs_tree = jax.tree.flatten(outputs)
 
-    def body(*refs):
-        named = dict(zip(names, refs, strict=True))
-        pl.run_scoped(lambda **scratch: kernel(named, scratch), collective_axes="group", **made)
+    def body(*references):
+        read = jax.tree.unflatten(inputs_tree, references[: len(arrays)])
+        written = jax.tree.unflatten(outputs_tree, references[len(arrays) :])
+        run = lambda scratch: kernel(*read, written, scratch)  # noqa: E731
+        pl.run_scoped(run, scratch, collective_axes="group")
 
     run = plgpu.kernel(
         body,
-        out_type=list(outputs.values()),
+        out_type=shapes,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=groups + 1,
@@ -150,4 +160,4 @@ def launch(
         interpret=gpu_interpreter(),
         kernel_name=name,
     )
-    return dict(zip(outputs, run(*inputs.values()), strict=True))
+    return jax.tree.unflatten(outputs_tree, run(*arrays))

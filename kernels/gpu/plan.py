@@ -1,49 +1,56 @@
-"""What the GPU kernels know when they are compiled."""
+"""Static settings of the kernels."""
 
 import dataclasses
 
 from posjax.kernels.blocks import GpuBlocks
 
-__all__ = ["GROUPS", "ROWS", "Contextual", "Plan"]
+__all__ = ["GROUPS", "ROWS", "STEP_KEYS", "TILE_KEYS", "CopePlan", "Plan"]
 
 # Queries of a warpgroup: the rows of its matrix instructions.
 ROWS = 64
 # Warpgroups that compute; one more fetches.
 GROUPS = 2
+# Keys of a tile of the backward kernels; the forward kernel saves the places on the right of each.
+TILE_KEYS = 32
+# Keys of a step of the backward loops: two tiles.
+STEP_KEYS = 2 * TILE_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
-class Contextual:
+class CopePlan:
     """The static part of a contextual bias.
 
-    `positions` is P; `gate_scale` multiplies products of query and (gate) key.
+    Args:
+        positions: P.
+        gate_scale: factor of the products of query and (gate) key.
+        own_gate_key: whether gates have their own keys.
     """
 
     positions: int
     gate_scale: float
     own_gate_key: bool
-    gate_bias: bool
+    has_gate_bias: bool
 
     @property
-    def gate_unit(self) -> float:
+    def gate_quantum(self) -> float:
         """U, a power of two of at least P: kernels hold gates as g / U.
 
         As float16 with its 11 bits these are whole multiples of 2^-24, so gates are of U / 2^24,
-        and sums of them below P have at most 24 bits: they are exact in whatever order. The
-        backward pass relies on that to tell which key is the last one of its bin.
+        and sums of them below P have at most 24 bits: they are exact in any order. The backward
+        pass relies on that to tell which key is the last one of its bin.
         """
         return 2.0 ** max(1, (self.positions - 1).bit_length())
 
     @property
-    def last(self) -> float:
-        """The place (count less 1/2) at which every count of P - 1 or more stands.
+    def last_place(self) -> float:
+        """The place (count less 1/2) of all counts of P - 1 or more.
 
         It lies in the table's last bin, whose bias and slope are 0.
         """
         return self.positions - 1.25
 
     @property
-    def finished(self) -> float:
+    def saturated_place(self) -> float:
         """The place from which on the bias is 0."""
         return self.positions - 1.5
 
@@ -52,9 +59,11 @@ class Contextual:
 class Plan:
     """Everything static about one call; arrays are padded to whole blocks.
 
-    `queries` is the number of real queries; `relative` tells whether there is a bias of the
-    distance, see `bands`, and `trained` whether it has arrays to train; `emulated` tells that the
-    interpreter runs the kernels, see `instructions`.
+    Args:
+        queries: number of real queries; those behind them are padding.
+        relative: whether there is a bias of the distance, see `relative`.
+        trains_relative: whether that bias has arrays to train.
+        emulated: whether the interpreter runs the kernels, see `products`.
     """
 
     scale: float
@@ -63,9 +72,9 @@ class Plan:
     is_causal: bool
     window: tuple[int, int] | None
     segments: bool
-    contextual: Contextual | None
+    cope: CopePlan | None
     relative: bool = False
-    trained: bool = False
+    trains_relative: bool = False
     emulated: bool = False
 
     @property

@@ -1,7 +1,7 @@
 """Stores without the barriers that Pallas puts before and after each one, and the barriers alone.
 
-As `instructions`, each has a form that is `emulated` for the interpreter. Where a warpgroup reads
-what it has stored, it is the caller who waits.
+As in `products`, each has a form that is `emulated` for the interpreter. If a warpgroup reads what
+it has stored, it is the caller who waits.
 """
 
 import functools
@@ -13,14 +13,14 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from posjax.kernels.gpu.layout import row_layout, tiled
-from posjax.kernels.gpu.mlir import element, i32, whole
+from posjax.kernels.gpu.registers import constant, element, i32
 from posjax.types import Array, Bool, Float, Num
 
-__all__ = ["all_reach", "meet", "store", "store_matrix"]
+__all__ = ["all_reach", "store", "store_matrix", "warpgroup_barrier"]
 
 
 def store(ref, x: Num[Array, "..."], layout, *, emulated: bool) -> None:
-    """Writes what is in registers of a layout; memory as it is, without a swizzle."""
+    """Writes registers of a layout to memory without a swizzle."""
     if emulated:
         ref[...] = x
         return
@@ -36,8 +36,8 @@ def store(ref, x: Num[Array, "..."], layout, *, emulated: bool) -> None:
 def store_matrix(ref, x: Num[Array, "m n"], *, swizzle: int, emulated: bool) -> None:
     """Writes an operand of matrix instructions to shared memory that `layout.matrix` made.
 
-    The warpgroup has to `meet` before, if it may still read what was there, and to commit what it
-    has written afterwards.
+    Before, the warpgroup needs a `warpgroup_barrier` if it may still read the old contents;
+    afterwards it has to commit.
     """
     if emulated:
         ref[...] = x
@@ -52,7 +52,7 @@ def store_matrix(ref, x: Num[Array, "m n"], *, swizzle: int, emulated: bool) -> 
     write(ref, x)
 
 
-def meet(*, emulated: bool) -> None:
+def warpgroup_barrier(*, emulated: bool) -> None:
     """Waits for all warps of the warpgroup."""
     if emulated:
         return
@@ -78,7 +78,7 @@ def all_reach(x: Float[Array, "64"], least: float, *, emulated: bool) -> Bool[Ar
         lowest = functools.reduce(arith.minimumf, registers)
         limit = arith.constant(ir.F32Type.get(), least)
         # Barriers 1 and 2 are those of the warpgroups, as in `mgpu.warpgroup_barrier`.
-        barrier = arith.addi(mgpu.utils.warpgroup_idx(sync=False), whole(1))
+        barrier = arith.addi(mgpu.utils.warpgroup_idx(sync=False), constant(1))
         # From the shuffle ptxas learns that a warp has one answer, and copies no accumulators.
         code = (
             "{.reg .pred p, q; .reg .s32 own; setp.ge.f32 p, $1, $2; "
@@ -86,7 +86,7 @@ def all_reach(x: Float[Array, "64"], least: float, *, emulated: bool) -> Bool[Ar
             "shfl.sync.idx.b32 $0, own, 0, 0x1f, 0xffffffff;}"
         )
         operands = [lowest, limit, barrier]
-        found = llvm.inline_asm(i32(), operands, code, "=r,f,f,r", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+        answer = llvm.inline_asm(i32(), operands, code, "=r,f,f,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(answer, (), is_signed=True)
 
     return ask(x) != 0

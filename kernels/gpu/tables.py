@@ -22,7 +22,7 @@ __all__ = ["slot_words", "table_gradients", "table_words", "tables"]
 
 # Words between rows beyond whole rounds of the 32 banks: rows in step lie in different banks.
 _STAGGER = 4
-# What one transfer takes of a row.
+# The most words of a row in one transfer.
 _MOST_WORDS = 256
 
 
@@ -62,8 +62,8 @@ def table_gradients(
 
     A bin's sums are those at its right end less those at the right end of the bin above it. A bin
     without a key has no slot written (NaN), and its right end is that of the bin above. The last
-    bin comes first and counts for nothing; the first one ends with the last key. What falls on the
-    last row of the table has no effect: z lacks it.
+    bin comes first and counts for nothing; the first one ends with the last key. The last row's
+    gradient has no effect, because that row is subtracted from all.
 
     Args:
         slots: for each bin, sums of dlogit and of dlogit f, up to its right end; f is a place less

@@ -1,113 +1,134 @@
-"""Single steps of the GPU kernels as kernels of their own, to be run on a GPU."""
+"""Single steps of the GPU kernels as separate kernels, to be run on a GPU."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.kernels.gpu import instructions, layout, stores
-from posjax.kernels.gpu.reciprocals import paired_reciprocal
+from posjax.kernels.gpu import look_ups, products, reciprocals, registers, stores
+from posjax.kernels.gpu.layout import Buffer, launch, matrix, per_row, row_layout
+from posjax.types import Array, Float
 
 ROWS, KEYS = 64, 128
 
 
-def _one_warpgroup(step, inputs: dict, outputs: dict, scratch: dict) -> dict:
-    """Runs `step(refs, scratch)` in a warpgroup; a second one does nothing."""
+class Output(NamedTuple):
+    """The only output of a step."""
 
-    def kernel(refs, scratch):
-        pl.when(jax.lax.axis_index("group") == 0)(functools.partial(step, refs, scratch))
+    array: Array
+
+
+class Values(NamedTuple):
+    """Values of a table."""
+
+    bias: Float[Array, "64 128"]
+    slope: Float[Array, "64 128"]
+    fraction: Float[Array, "64 128"]
+
+
+class Scratch(NamedTuple):
+    """An operand in shared memory, and room for one that the warpgroup stores."""
+
+    operand: Buffer | None = None
+    stored: Any = None
+
+
+def _one_warpgroup(step, inputs: tuple, outputs: tuple, scratch: Scratch) -> tuple:
+    """Runs `step(*inputs, outputs, scratch)` in a warpgroup; a second one does nothing."""
+
+    def kernel(*references):
+        pl.when(jax.lax.axis_index("group") == 0)(functools.partial(step, *references))
 
     one = {"head": 1, "tile": 1, "batch": 1}
-    name = "posjax_step"
-    return layout.launch(kernel, inputs, outputs, grid=one, scratch=scratch, name=name, groups=1)
+    return launch(kernel, inputs, outputs, grid=one, scratch=scratch, name="posjax_step", groups=1)
 
 
-def _fetch(refs, scratch, name: str) -> None:
-    plgpu.copy_gmem_to_smem(refs[name], scratch[name], scratch["full"].at[0])
-    plgpu.barrier_wait(scratch["full"].at[0])
+def _fetch(ref, buffer: Buffer) -> None:
+    plgpu.copy_gmem_to_smem(ref, buffer.array, buffer.full.at[0])
+    plgpu.barrier_wait(buffer.full.at[0])
 
 
 def inverses(x, *, paired: bool, emulated: bool = False):
     """1 / x of [64, 128]."""
-    invert = paired_reciprocal if paired else instructions.reciprocal
+    invert = reciprocals.paired_reciprocal if paired else reciprocals.reciprocal
 
-    def step(refs, scratch):
-        taken = instructions.load(refs["x"], plgpu.Layout.WGMMA)
-        refs["inverse"][...] = invert(taken, emulated=emulated)
+    def step(x, output, scratch):
+        taken = registers.load(x, plgpu.Layout.WGMMA)
+        output.array[...] = invert(taken, emulated=emulated)
 
-    shape = jax.ShapeDtypeStruct((ROWS, KEYS), jnp.float32)
-    return _one_warpgroup(step, {"x": x}, {"inverse": shape}, {})["inverse"]
+    output = Output(jax.ShapeDtypeStruct((ROWS, KEYS), jnp.float32))
+    return _one_warpgroup(step, (x,), output, Scratch()).array
 
 
 def sums(gates, lower, start, *, emulated: bool = False):
     """start + gates @ lower in the matrix unit; gates [64, n] and lower [n, n] are float16."""
 
-    def step(refs, scratch):
-        _fetch(refs, scratch, "lower")
-        narrow = instructions.load(refs["gates"], plgpu.Layout.WGMMA).astype(jnp.float16)
-        before = instructions.load(refs["start"], plgpu.Layout.WGMMA)
-        found = instructions.multiply_into(before, narrow, scratch["lower"], emulated=emulated)
-        refs["sums"][...] = found
+    def step(gates, lower, start, output, scratch):
+        _fetch(lower, scratch.operand)
+        narrow = registers.load(gates, plgpu.Layout.WGMMA).astype(jnp.float16)
+        before = registers.load(start, plgpu.Layout.WGMMA)
+        output.array[...] = products.multiply_into(
+            before, narrow, scratch.operand.array, emulated=emulated
+        )
 
     size = lower.shape[0]
-    scratch = {"lower": layout.matrix((size, size), jnp.float16), "full": layout.Barriers(1)}
-    outputs = {"sums": jax.ShapeDtypeStruct((ROWS, size), jnp.float32)}
-    inputs = {"gates": gates, "lower": lower, "start": start}
-    return _one_warpgroup(step, inputs, outputs, scratch)["sums"]
+    scratch = Scratch(Buffer.constant(matrix((size, size), jnp.float16)))
+    output = Output(jax.ShapeDtypeStruct((ROWS, size), jnp.float32))
+    return _one_warpgroup(step, (gates, lower, start), output, scratch).array
 
 
-def looked_up(table, place, *, packed: bool, emulated: bool = False):
-    """Bias, slope and fraction at places [64, 128] of tables [64, words]."""
-    names = ("bias", "slope", "fraction")
+def looked_up(table, place, *, packed: bool, emulated: bool = False) -> Values:
+    """Values at places [64, 128] of tables [64, words]."""
 
-    def step(refs, scratch):
-        _fetch(refs, scratch, "table")
-        taken = instructions.load(refs["place"], plgpu.Layout.WGMMA)
-        values = instructions.table_values(
-            scratch["table"], taken, packed=packed, emulated=emulated
+    def step(table, place, outputs, scratch):
+        _fetch(table, scratch.operand)
+        taken = registers.load(place, plgpu.Layout.WGMMA)
+        values = look_ups.table_values(
+            scratch.operand.array, taken, packed=packed, emulated=emulated
         )
-        for name, value in zip(names, values, strict=True):
-            refs[name][...] = value
+        for output, value in zip(outputs, values, strict=True):
+            output[...] = value
 
-    scratch = {"table": plgpu.SMEM(table.shape, jnp.float32), "full": layout.Barriers(1)}
-    outputs = dict.fromkeys(names, jax.ShapeDtypeStruct((ROWS, KEYS), jnp.float32))
-    return _one_warpgroup(step, {"table": table, "place": place}, outputs, scratch)
+    scratch = Scratch(Buffer.constant(plgpu.SMEM(table.shape, jnp.float32)))
+    outputs = Values(*[jax.ShapeDtypeStruct((ROWS, KEYS), jnp.float32)] * 3)
+    return _one_warpgroup(step, (table, place), outputs, scratch)
 
 
 def reached(x, least: float, *, emulated: bool = False):
-    """[64] of 1 where all numbers of x [64] are at least `least`, and else of 0."""
+    """[64] of 1 if all numbers of x [64] are at least `least`, and else of 0."""
 
-    def step(refs, scratch):
-        taken = instructions.load(refs["x"], layout.row_layout())
-        found = stores.all_reach(taken, least, emulated=emulated)
-        answer = layout.per_row(found.astype(jnp.float32))
-        stores.store(refs["answer"], answer, layout.row_layout(), emulated=emulated)
+    def step(x, output, scratch):
+        taken = registers.load(x, row_layout())
+        reaches = stores.all_reach(taken, least, emulated=emulated)
+        answer = per_row(reaches.astype(jnp.float32))
+        stores.store(output.array, answer, row_layout(), emulated=emulated)
 
-    shape = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
-    return _one_warpgroup(step, {"x": x}, {"answer": shape}, {})["answer"]
+    output = Output(jax.ShapeDtypeStruct((ROWS,), jnp.float32))
+    return _one_warpgroup(step, (x,), output, Scratch()).array
 
 
 def transposed_product(x, y, *, emulated: bool = False):
     """x^T @ y of [64, 64], x stored in halves of 32 columns as the kernel of keys does."""
     half = KEYS // 4
 
-    def step(refs, scratch):
-        _fetch(refs, scratch, "y")
-        taken = instructions.load(refs["x"], plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+    def step(x, y, output, scratch):
+        _fetch(y, scratch.operand)
+        taken = registers.load(x, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
         for start in (0, half):
-            room = scratch["x"].at[:, start : start + half]
+            target = scratch.stored.at[:, start : start + half]
             part = taken[:, start : start + half]
-            stores.store_matrix(room, part, swizzle=2 * half, emulated=emulated)
+            stores.store_matrix(target, part, swizzle=2 * half, emulated=emulated)
         plgpu.commit_smem()
         zero = plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), plgpu.Layout.WGMMA)
-        operands = scratch["x"], scratch["y"]
-        found = instructions.multiply_transposed_into(zero, *operands, emulated=emulated)
-        refs["product"][...] = found
-        stores.meet(emulated=emulated)
+        output.array[...] = products.multiply_transposed_into(
+            zero, scratch.stored, scratch.operand.array, emulated=emulated
+        )
+        stores.warpgroup_barrier(emulated=emulated)
 
-    room = layout.matrix((ROWS, ROWS), jnp.bfloat16, swizzle=2 * half)
-    scratch = {"x": room, "y": room, "full": layout.Barriers(1)}
-    outputs = {"product": jax.ShapeDtypeStruct((ROWS, ROWS), jnp.float32)}
-    return _one_warpgroup(step, {"x": x, "y": y}, outputs, scratch)["product"]
+    memory = matrix((ROWS, ROWS), jnp.bfloat16, swizzle=2 * half)
+    output = Output(jax.ShapeDtypeStruct((ROWS, ROWS), jnp.float32))
+    scratch = Scratch(Buffer.constant(memory), memory)
+    return _one_warpgroup(step, (x, y), output, scratch).array

@@ -1,8 +1,7 @@
 """The GPU kernels in Pallas's interpreter: values and all gradients against the reference.
 
-All of their control flow runs: warpgroups, transfers, barriers, loops. Three helpers have a form of
-their own here, see `kernels.gpu.instructions`. The interpreter raises where a transfer races with
-a use of its memory.
+All of their control flow runs: warpgroups, transfers, barriers, loops. A few steps are emulated,
+see `kernels.gpu.products`. The interpreter raises if a transfer races with a use of its memory.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ def interpreter():
 
 
 def assert_near(got, want, spread=None) -> None:
-    """Within the tolerance of what each array has, the sum of all gates of their own `spread`."""
+    """Within the tolerance of each array's size; the gradient of the gate bias, of its `spread`."""
     for (path, w), g in zip(
         jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True
     ):

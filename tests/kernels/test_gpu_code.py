@@ -1,6 +1,6 @@
 """The loops of the GPU kernels have the instructions that they had when they were recorded.
 
-Each version of jax has a file of its own:
+Each version of jax has its own file:
 
     python benchmarks/gpu_code.py --output benchmarks/results/gpu-code-jax-VERSION.json
 """

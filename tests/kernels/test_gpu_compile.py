@@ -54,7 +54,7 @@ def arguments(
 
 
 def test_single_steps_compile():
-    """Those that only a GPU runs, in `test_gpu_device.py`."""
+    """The steps that only a GPU runs, in `test_gpu_device.py`."""
     topology = aot.h200_topology()
     array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     square = array(gpu_steps.ROWS, gpu_steps.KEYS)

@@ -127,13 +127,13 @@ def test_look_ups(packed, positions, emulated):
     shape = (gpu_steps.ROWS, gpu_steps.KEYS)
     place = RANDOM.uniform(-0.5, positions - 1.25, shape).astype(np.float32)
     place[:, 0], place[:, 1] = -0.5, positions - 1.25
-    found = gpu_steps.looked_up(table, jnp.asarray(place), packed=packed, emulated=emulated)
+    values = gpu_steps.looked_up(table, jnp.asarray(place), packed=packed, emulated=emulated)
     count, bin_ = np.float64(place) + 0.5, np.round(np.float64(place)).astype(int)
     above = np.minimum(bin_ + 1, positions - 1)
     low, high = (np.take_along_axis(z, index, 1) for index in (bin_, above))
     bias = low + (count - bin_) * np.float64(high - low)
     # Half precision of middles and slopes; or float32 at offsets of up to P slopes.
     limit = 2.0**-7 if packed else 2.0**-23 * 4 * positions
-    np.testing.assert_allclose(found["bias"], bias, atol=limit * np.max(np.abs(z)), rtol=0)
-    np.testing.assert_allclose(found["slope"], high - low, atol=limit * 8, rtol=0)
-    np.testing.assert_array_equal(found["fraction"], place - np.round(place))
+    np.testing.assert_allclose(values.bias, bias, atol=limit * np.max(np.abs(z)), rtol=0)
+    np.testing.assert_allclose(values.slope, high - low, atol=limit * 8, rtol=0)
+    np.testing.assert_array_equal(values.fraction, place - np.round(place))

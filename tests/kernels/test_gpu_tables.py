@@ -1,13 +1,13 @@
-"""Tables of the GPU kernels, and how their gradients come of running sums, on plain arrays."""
+"""Tables of the GPU kernels, and their gradients from running sums, on plain arrays."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.kernels.gpu.plan import Contextual
+from posjax.kernels.gpu.plan import CopePlan
 from posjax.kernels.gpu.tables import slot_words, table_gradients, table_words, tables
 
-instructions = pytest.importorskip("posjax.kernels.gpu.instructions")
+look_ups = pytest.importorskip("posjax.kernels.gpu.look_ups")
 LN2 = np.log(2)
 
 
@@ -23,7 +23,7 @@ def interpolated(z, count):
     "positions, packed", [(2, False), (7, False), (64, False), (2, True), (7, True), (128, True)]
 )
 def test_values_of_a_table(positions, packed):
-    """Also where counts are whole numbers, and beyond the end."""
+    """Also if counts are whole numbers, and beyond the end."""
     random = np.random.default_rng(0)
     z = random.normal(size=(8, positions)).astype(np.float32)
     z[:, -1] = 0
@@ -32,9 +32,9 @@ def test_values_of_a_table(positions, packed):
     ).astype(np.float32)
     table = tables(jnp.asarray(z), packed)
     assert table.shape == (8, table_words(positions, packed))
-    last = Contextual(positions, 1.0, False, False).last
+    last = CopePlan(positions, 1.0, False, False).last_place
     place = jnp.minimum(jnp.asarray(count) - 0.5, last)
-    value, _, _ = instructions.table_values(table, place, packed=packed, emulated=True)
+    value, _, _ = look_ups.table_values(table, place, packed=packed, emulated=True)
     np.testing.assert_allclose(
         value, interpolated(z, count), atol=(2e-2 if packed else 1e-5) * np.abs(z).max()
     )
@@ -45,21 +45,21 @@ def test_values_of_a_table(positions, packed):
 def test_gradients_of_a_table(positions, steepness):
     """Steep gates are nearly 0 or 1, so that counts are nearly whole numbers."""
     random = np.random.default_rng(0)
-    contextual = Contextual(positions, 1.0, False, False)
-    unit = contextual.gate_unit
+    cope = CopePlan(positions, 1.0, False, False)
+    unit = cope.gate_quantum
     gate = 1 / (1 + np.exp(-steepness * random.normal(size=(64, 40))))
     gate = (gate / unit).astype(np.float16).astype(np.float32)
     count = np.cumsum(gate[:, ::-1] * np.float32(unit), axis=1)[:, ::-1]
     dlogits = random.normal(size=count.shape).astype(np.float32)
 
     place = count - np.float32(0.5)
-    cut = np.minimum(place, contextual.last)
+    cut = np.minimum(place, cope.last_place)
     total = np.cumsum(dlogits, axis=1)
     moment = np.cumsum(dlogits * (cut - np.round(cut)), axis=1)
     slots = Slots(jnp.full((64, slot_words(positions)), jnp.nan))
-    instructions.store_crossings(
-        slots, slots, *map(jnp.asarray, (place, gate, total, moment)), last=contextual.last,
-        gate_unit=unit, emulated=True,
+    look_ups.store_crossings(
+        slots, slots, *map(jnp.asarray, (place, gate, total, moment)), last_place=cope.last_place,
+        gate_quantum=unit, emulated=True,
     )  # fmt: skip
     got = table_gradients(
         slots[...], jnp.asarray(total[:, -1]), jnp.asarray(moment[:, -1]), positions
