@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from posjax.kernels.blocks import GpuBlocks
+from posjax.kernels.host import CopeSettings, Settings
 
 __all__ = ["GROUPS", "ROWS", "STEP_KEYS", "TILE_KEYS", "CopePlan", "Plan"]
 
@@ -16,20 +16,8 @@ TILE_KEYS = 32
 STEP_KEYS = 2 * TILE_KEYS
 
 
-@dataclasses.dataclass(frozen=True)
-class CopePlan:
-    """The static part of a contextual bias.
-
-    Args:
-        positions: P.
-        gate_scale: factor of the products of query and (gate) key.
-        own_gate_key: whether gates have their own keys.
-    """
-
-    positions: int
-    gate_scale: float
-    own_gate_key: bool
-    has_gate_bias: bool
+class CopePlan(CopeSettings):
+    """The static part of a contextual bias."""
 
     @property
     def gate_quantum(self) -> float:
@@ -56,28 +44,13 @@ class CopePlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one call; arrays are padded to whole blocks.
+class Plan(Settings):
+    """Everything static about one call.
 
     Args:
-        queries: number of real queries; those behind them are padding.
-        relative: whether there is a bias of the distance, see `relative`.
-        trains_relative: whether that bias has arrays to train.
+        trains_relative: whether the bias of the distance has arrays to train.
         emulated: whether the interpreter runs the kernels, see `products`.
     """
 
-    scale: float
-    blocks: GpuBlocks
-    queries: int
-    is_causal: bool
-    window: tuple[int, int] | None
-    segments: bool
-    cope: CopePlan | None
-    relative: bool = False
     trains_relative: bool = False
     emulated: bool = False
-
-    @property
-    def restricted(self) -> bool:
-        """Whether some query may not attend to some key."""
-        return self.is_causal or self.window is not None or self.segments

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from posjax.kernels.blocks import TpuBlocks
+from posjax.kernels.host import CopeSettings, Settings
 from posjax.types import Array
 
 __all__ = [
@@ -19,23 +19,16 @@ LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class CopePlan:
+class CopePlan(CopeSettings):
     """The static part of a contextual bias.
 
     Args:
-        positions: P.
-        gate_scale: factor of the products of query and (gate) key.
         packed: the form of the tables, see `tables`.
         newton: the form of the gates, see `counting.gate`.
-        own_gate_key: whether gates have keys of their own.
     """
 
-    positions: int
-    gate_scale: float
     packed: bool
     newton: bool
-    own_gate_key: bool
-    has_gate_bias: bool
 
     @property
     def last(self) -> float:
@@ -43,28 +36,8 @@ class CopePlan:
         return float(self.positions - 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one call; arrays are padded to whole blocks.
-
-    Args:
-        queries: number of real queries; those behind them are padding.
-        relative: whether there is a bias of the distance, see `relative`.
-    """
-
-    scale: float
-    blocks: TpuBlocks
-    queries: int
-    is_causal: bool
-    window: tuple[int, int] | None
-    segments: bool
-    cope: CopePlan | None
-    relative: bool = False
-
-    @property
-    def restricted(self) -> bool:
-        """Whether some query may not attend to some key."""
-        return self.is_causal or self.window is not None or self.segments
+class Plan(Settings):
+    """Everything static about one call."""
 
     @property
     def row_groups(self) -> list[slice]:
@@ -96,7 +69,7 @@ def interleave(x: Array, axis: int, plan: Plan) -> Array:
     Neighbours in the sequence then lie in the same lane of different registers, and a running sum
     over them is an addition of registers. Attention does not mind the order of keys.
 
-    >>> from posjax.kernels.blocks import TpuBlocks
+    >>> from posjax.kernels.host import CopeSettings, Settings
     >>> plan = Plan(1.0, TpuBlocks(128, 256), 1, True, None, False, None)
     >>> interleave(jnp.arange(256), 0, plan)[jnp.array([0, 1, 128, 129])].tolist()
     [0, 2, 1, 3]
