@@ -1,7 +1,7 @@
 """The tables of docs/encodings.md, made from the code: `python -m posjax.table`.
 
 Every column is found by asking the code: places by tracing which hooks change anything, parameters
-by building a model, implementations by trying them, papers from docstrings.
+by building a model, implementations by asking them, papers from docstrings.
 """
 
 import dataclasses
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import tyro
 
 from posjax import graphs, kernelized
-from posjax.attention import dot_product_attention
 from posjax.encodings import registry
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.stream import stream_of
+from posjax.implementations import IMPLEMENTATIONS
 from posjax.models import Transformer, TransformerConfig
+from posjax.problem import Problem
 from posjax.types import Array, Int
 
 __all__ = ["Entry", "Row", "encodings", "main", "others", "page"]
@@ -32,7 +33,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "encodings.md"
 
 # The model whose parameters are counted.
 MODEL = TransformerConfig(layers=4, heads=4, width=256, implementation="reference")
-_IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 _LENGTH = 16
 
 
@@ -101,14 +101,12 @@ class _Trace(nn.Module):
             "4": bias is not None,
         }
         places |= {place for place, found in changed.items() if found}
-        for name in _IMPLEMENTATIONS:
-            # Kernels for GPUs take narrow numbers only.
-            narrow = [x.astype(jnp.bfloat16) if name == "gpu" else x for x in (query, key, raw)]
-            try:
-                dot_product_attention(*narrow, bias, is_causal=True, implementation=name)
-                implementations.add(name)
-            except NotImplementedError:
-                pass
+        # All implementations take this type, whatever devices are here.
+        narrow = (x.astype(jnp.bfloat16) for x in (query, key, raw))
+        problem = Problem.of(*narrow, bias, is_causal=True)
+        implementations |= {
+            way.name for way in IMPLEMENTATIONS if way.load().refuses(problem) is None
+        }
 
 
 def _encoding_row(name: str, encoding: PositionEncoding | None, paper: str | None = None) -> Row:
@@ -134,7 +132,7 @@ def _encoding_row(name: str, encoding: PositionEncoding | None, paper: str | Non
         ", ".join(sorted(places)),
         _encoding_parameters(variables),
         own.beyond,
-        tuple(i for i in _IMPLEMENTATIONS if i in implementations),
+        tuple(way.name for way in reversed(IMPLEMENTATIONS) if way.name in implementations),
         own.decodes,
         paper or ("" if encoding is None else _paper(encoding, name)),
     )

@@ -170,22 +170,10 @@ class RoPE(Rotary):
         """Llama 3.1 (arXiv:2407.21783): from 8192 to 65,536 positions and beyond."""
         return cls(base=500_000.0, scaling=Llama3())
 
-    def rotate(self, query, key, query_indices, key_indices, query_memory=None, key_memory=None):
-        """Query and key, turned by their own positions; the lengths are those of the keys."""
-        length = None
-        if self.scaling is not None and self.scaling.reads_length:
-            length = lengths(key_indices)
-        settings = {
-            "base": self.base,
-            "fraction": self.fraction,
-            "layout": self.layout,
-            "scaling": self.scaling,
-            "length": length,
-        }
-        return rotate(query, query_indices, **settings), rotate(key, key_indices, **settings)
-
-
-def check_pairs(name: str, head_size: int) -> None:
-    """Raises ValueError where the channels of a head do not come in pairs."""
-    is_even = head_size % 2 == 0
-    checks.require(f"head size of {name}", head_size, is_even, "even, for pairs of channels")
+    def turns(self, query, key):
+        """The angles of their own positions; the lengths are those of the keys."""
+        reads_length = self.scaling is not None and self.scaling.reads_length
+        length = lengths(key.indices) if reads_length else None
+        settings = self.base, self.fraction, self.scaling, length
+        size = query.x.shape[-1]
+        return tuple(rope_turn(side.indices, size, *settings) for side in (query, key))

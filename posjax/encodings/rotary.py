@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.types import Array, Float, Num
 
@@ -101,5 +102,5 @@ def lengths(positions: Num[Array, "B T"]) -> Num[Array, "B"]:
 
 def check_pairs(name: str, head_size: int) -> None:
     """Raises ValueError if the channels of a head do not come in pairs."""
-    if head_size % 2:
-        raise ValueError(f"{name} turns pairs of channels; head size {head_size} must be even.")
+    is_even = head_size % 2 == 0
+    checks.require(f"head size of {name}", head_size, is_even, "even, for pairs of channels")
