@@ -1,22 +1,20 @@
 """Attention as Pallas kernels for TPUs.
 
-| module            | content                                                               |
-|-------------------|-----------------------------------------------------------------------|
-| support           | the problems that they can solve                                      |
-| attention         | entry: layout, gradients by `jax.custom_vjp`                          |
-| plan              | static settings                                                       |
-| arrays            | the arrays that the kernels read and write                            |
-| layout            | their shapes and blocks                                               |
-| forward           | the forward kernel: grid and walk over the keys                       |
-| forward_step      | its scratch memory; online softmax of one tile                        |
-| forward_pipeline  | its tiles that count, as a pipeline                                   |
-| backward          | the backward kernel: grid and walk over the keys                      |
-| backward_step     | its scratch memory; gradients of one tile                             |
-| backward_pipeline | its tiles that count, as a pipeline                                   |
-| tiles             | tile mathematics of attention                                         |
-| counting, tables  | tile mathematics of Contextual Position Encoding: counts, interpolation |
-| relative          | tile mathematics of biases of the distance                            |
-| registers         | arrays one register wide                                              |
+| module            | content                                                          |
+|-------------------|------------------------------------------------------------------|
+| attention         | entry: supported calls, layout, gradients by `jax.custom_vjp`    |
+| plan              | static settings                                                  |
+| arrays, layout    | arrays that the kernels read and write; their shapes and blocks  |
+| forward           | the forward kernel: its grid and its walk over the keys          |
+| forward_step      | its scratch memory, and online softmax of a tile                 |
+| forward_pipeline  | its counting tiles, as a pipeline                                |
+| backward          | the backward kernel: its grid and its walk over the keys         |
+| backward_step     | its scratch memory, and the gradients of a tile                  |
+| backward_pipeline | its counting tiles, as a pipeline                                |
+| tiles             | tile mathematics of attention                                    |
+| counting, tables  | tile mathematics of Contextual Position Encoding                 |
+| relative          | tile mathematics of biases that depend on the distance alone     |
+| registers         | arrays one register wide                                         |
 """
 
 from posjax.kernels.blocks import TpuBlocks

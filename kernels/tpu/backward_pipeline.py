@@ -8,8 +8,8 @@
 | 3     | t - 2 | these, tables, sums over keys      | weights, dproducts, sums for the table   |
 | 4     | t - 3 | weights, dproducts                 | gradients of query, key, value           |
 
-What stage 2 calls dlogits are the gradients of the weights; stage 3 makes those of the logits of
-them, in two walks over the rows, because a gate's gradient needs the sums of all lanes.
+Stage 2 leaves the gradients of the weights in dlogits; stage 3 makes those of the logits of them,
+in two walks over the rows, because a gate's gradient needs the sums of all lanes.
 """
 
 import functools
@@ -103,7 +103,7 @@ def _running_sums(parts: Chunks) -> Chunks:
 
 
 def _weigh(step: BackwardStep, crossings: int | Array) -> None:
-    """The third stage: everything that is no large product."""
+    """The third stage: everything but the large products."""
     plan = step.plan
     ranks = range(crossings if isinstance(crossings, int) else 0)
     for rows in plan.row_groups:
@@ -186,7 +186,7 @@ def _keep_packed(
 
 
 def _accumulate(step: BackwardStep, tile: Tile) -> None:
-    """The fourth stage: the products that the gradients are."""
+    """The fourth stage: the gradients, which are products."""
     stages, dtype = step.scratch.stages, step.inputs.query.dtype
     weights = registers.unpack_words(stages.weights[...], dtype)
     dproducts = registers.unpack_words(stages.dproducts[...], dtype)

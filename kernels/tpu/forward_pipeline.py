@@ -17,8 +17,6 @@ The maximum of a row is a bound: the largest logit without the bias and the larg
 row's table. So stage 3 sees each number once.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -47,7 +45,9 @@ def is_saturated(step: ForwardStep) -> Bool[Array, ""]:
 
 def run_counting_pipeline(step: ForwardStep, high: Array, low: Array) -> Array:
     """Adds the full blocks high ... low until nothing is left to count; the block to go on with."""
-    near = _near(step, low, high)
+    weights, shrink = step.scratch.stages.weights, step.scratch.stages.shrink
+    # The tile of a block, or of the nearest one that is there.
+    near = lambda index: step.tile(jnp.clip(index, low, high), masked=False)  # noqa: E731
     counting = lambda: (~is_saturated(step)).astype(jnp.int32)  # noqa: E731
 
     def advance(state):
@@ -59,7 +59,9 @@ def run_counting_pipeline(step: ForwardStep, high: Array, low: Array) -> Array:
         return index - 1, counting()
 
     def pipeline(_):
-        _clear_last_stage(step)
+        # The fourth stage adds nothing before the third has run.
+        weights[...] = jnp.zeros(weights.shape, weights.dtype)
+        shrink[...] = jnp.ones(shrink.shape, jnp.float32)
         _multiply(step, near(high))
         _count(step, high)
         _multiply(step, near(high - 1))
@@ -71,18 +73,6 @@ def run_counting_pipeline(step: ForwardStep, high: Array, low: Array) -> Array:
         return index + 1
 
     return jax.lax.cond((high >= low) & (counting() == 1), pipeline, lambda _: high, None)
-
-
-def _near(step: ForwardStep, low: Array, high: Array) -> Callable[[Array], Tile]:
-    """The tile of a block, or of the nearest one that is there."""
-    return lambda index: step.tile(jnp.clip(index, low, high), masked=False)
-
-
-def _clear_last_stage(step: ForwardStep) -> None:
-    """Lets the fourth stage add nothing before the third has run."""
-    weights, shrink = step.scratch.stages.weights, step.scratch.stages.shrink
-    weights[...] = jnp.zeros(weights.shape, weights.dtype)
-    shrink[...] = jnp.ones(shrink.shape, jnp.float32)
 
 
 def _multiply(step: ForwardStep, tile: Tile) -> None:
