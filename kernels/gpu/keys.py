@@ -39,8 +39,9 @@ Sums = tuple[Float[Array, "64 H"], ...]
 class KeyScratch:
     """Shared memory of a block of keys; None: not for this kernel.
 
-    `query`, `cotangent`, `tables` and `distance_bias` are rings, the triangles constants, the
-    others each warpgroup's own. The weights are those of `gradients.key_weights`, for all 64 keys.
+    Fields are in the order of memory. `query`, `cotangent`, `tables` and `distance_bias` are rings,
+    the triangles constants, the others each warpgroup's own. The weights are those of
+    `gradients.key_weights`, for all 64 keys.
     """
 
     distance_bias: Buffer | None = None  # [stages, 64 + keys]

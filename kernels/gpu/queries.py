@@ -25,9 +25,9 @@ __all__ = ["Queries", "QueryScratch", "loop_down", "loop_up", "own_span", "union
 class QueryScratch:
     """Shared memory of the kernels whose warpgroups have queries; None: not for this kernel.
 
-    `key`, `gate_key`, `value` and `distance_bias` are rings, the triangles constants, the others
-    each warpgroup's own. `diagonals` and `carried_diagonals` are described in `relative`; `turn` is
-    a barrier at which the warpgroups of the forward kernel meet.
+    Fields are in the order of memory. `key`, `gate_key`, `value` and `distance_bias` are rings, the
+    triangles constants, the others each warpgroup's own. `diagonals` and `carried_diagonals` are
+    described in `relative`; `turn` is a barrier at which the warpgroups of the forward kernel meet.
     """
 
     distance_bias: Buffer | None = None  # [stages, queries + keys]
