@@ -26,7 +26,7 @@ def max_probability(
     """The largest weight of softmax(logits / temperature), averaged over all rows.
 
     Args:
-        mask: True where the query may attend; rows that see nothing do not count.
+        mask: True if the query may attend; rows that see nothing do not count.
 
     >>> max_probability(jnp.zeros((1, 2, 4))).item()
     0.25
@@ -43,7 +43,7 @@ def attention_entropy(
     """The entropy -sum_j w_j ln w_j of softmax(logits / temperature), averaged over all rows.
 
     Args:
-        mask: True where the query may attend; rows that see nothing do not count.
+        mask: True if the query may attend; rows that see nothing do not count.
 
     >>> round(attention_entropy(jnp.zeros((1, 2, 4))).item(), 4)
     1.3863
@@ -65,13 +65,13 @@ def align_max_probability(
 
         max_probability(target, tau) = max_probability(trained, 1)
 
-    Found by bisection; where no tau between e^-7 and e^7 does it, the nearer of these.
+    Found by bisection; if no tau between e^-7 and e^7 does it, the nearer of these.
 
     Args:
         trained: logits of attention, biases included, at the trained length. Axes before the last
             two (samples, layers, heads) are averaged over; pass those of one head, or of all.
         target: likewise at the length to be used.
-        trained_mask: True where the query may attend.
+        trained_mask: True if the query may attend.
         target_mask: likewise.
 
     Returns:

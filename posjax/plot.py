@@ -1,11 +1,11 @@
-"""Pictures of what position encodings do: `python -m posjax.plot NAME...`.
+"""Pictures of position encodings: `python -m posjax.plot NAME...`.
 
-Every token gets the same content, so all that differs between tokens is the encoding's doing. One
+Every token gets the same content, so only the encoding makes tokens differ. One
 row of panels for each encoding:
 
 | panel     | shows                                                                              |
 |-----------|------------------------------------------------------------------------------------|
-| heat map  | place 2: products of what is added to the embeddings, for every pair of tokens     |
+| heat map  | place 2: products of addends of the embeddings, for every pair of tokens     |
 |           | places 3, 4: logits of the first head with the encoding, for every query and key   |
 | curves    | the last row of that against the distance, for every head                          |
 | counts    | CoPE only: gates summed from the last query leftwards, along a text                |
@@ -37,11 +37,11 @@ _TEXT = "The cat sat. It saw 12 birds, then 345 more.\nNone of them moved."
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What an encoding does to tokens of equal content.
+    """Scores and counts of an encoding for tokens of equal content.
 
     Args:
         scores: [N, T, T]: logits, or products of what is added to embeddings (one "head"); NaN
-            where a key lies after the query.
+            for keys after the query.
         counts: CoPE's counts of the last query on the text, [N, T]; None for other encodings.
     """
 
@@ -92,12 +92,12 @@ class _Probe(nn.Module):
 def picture(
     name: str, length: int = 64, heads: int = 4, text: str = _TEXT, seed: int = 0
 ) -> Picture:
-    """What the encoding `name` does, with freshly initialised parameters.
+    """Scores and counts of the encoding `name`, with freshly initialised parameters.
 
     Args:
         name: one that `posjax.encodings.create` knows.
         length: tokens of equal content for the scores.
-        text: bytes are the tokens along which CoPE counts; contents are random, equal for equal
+        text: its bytes are the tokens along which CoPE counts; contents are random, equal for equal
             bytes.
         seed: of parameters and contents.
 
@@ -170,10 +170,10 @@ def main(
     ] = None,
     length: Annotated[int, tyro.conf.arg(help="Number of tokens.")] = 64,
     heads: Annotated[int, tyro.conf.arg(help="Number of heads.")] = 4,
-    text: Annotated[str, tyro.conf.arg(help="What CoPE counts along.")] = _TEXT,
+    text: Annotated[str, tyro.conf.arg(help="Text along which CoPE counts.")] = _TEXT,
     seed: Annotated[int, tyro.conf.arg(help="Of parameters and contents.")] = 0,
 ) -> None:
-    """Draws what position encodings do to a PNG: scores by query, key and head; CoPE's counts."""
+    """Draws position encodings to a PNG: scores by query, key and head; CoPE's counts."""
     if not names or length < 2 or heads < 1 or not text:
         raise SystemExit(
             "plot needs a name, a length of at least 2, a head and a text; "

@@ -30,8 +30,8 @@ class Abacus(PositionEncoding):
         embedding + table[p + k]  at digits,  embedding + table[0]  elsewhere
 
     k is drawn in training from {0, ..., max_offset}, one for the whole batch (rng stream
-    "encoding"), and 0 otherwise: it trains rows that only longer numbers will use. Numbers must
-    stand with their lowest digit first, answers too: then equal places have equal rows. The paper
+    "encoding"), and 0 otherwise: it trains rows that only longer numbers will use. Numbers, answers
+    too, must have their lowest digit first: then equal places have equal rows. The paper
     draws first places from U[1, 100], which is max_offset=99; the authors' training code has 100.
     Their code counts on across packed sequences, here every segment starts anew. It draws tables
     with deviation D^-0.5. Parameter: table [max_length, D], float32.

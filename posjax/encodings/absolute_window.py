@@ -71,18 +71,18 @@ class AbsoluteWindow(PositionEncoding):
 
         embedding_p + resize(coarse, shape)[x] + window[x mod window size]      x = place p in shape
 
-    Where attention works in windows, a learned table repeats itself in each of them, and stretching
-    it to a larger input breaks that. Here the repeating part has a table of its own, so only the
+    If attention works in windows, a learned table repeats itself in each of them, and stretching
+    it to a larger input breaks that. Here the repeating part has its own table, so only the
     coarse part is stretched: set `shape` to the larger input and keep the parameters. On a grid
     (two axes, read row by row) the coarse table is resized as in SAM 2's code (bicubic, as PyTorch
     does it) and tested against PyTorch; there the grid must consist of whole windows, here it need
     not. The form with one axis, for text, is ours and linear.
 
     There are prod(shape) places; beyond them `posjax.positions.LengthError` is raised when the
-    program is traced, and a position beyond is NaN where it cannot raise. Fractional positions are
-    interpolated between places. Parameters, float32: coarse_table [*coarse, D], window_table
-    [*window, D]. Both start normal: Hiera's trunc_normal_ cuts at 2, a hundred deviations; SAM 2's
-    start at 0.
+    program is traced, and a position beyond is NaN in a compiled program, which cannot raise.
+    Fractional positions are interpolated between places. Parameters, float32: coarse_table
+    [*coarse, D], window_table [*window, D]. Both start normal: Hiera's trunc_normal_ cuts at 2, a
+    hundred deviations; SAM 2's start at 0.
 
     Args:
         shape: places along each axis, (length,) or (height, width).

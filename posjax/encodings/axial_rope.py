@@ -19,7 +19,7 @@ def axial_rotate(
     base: float = 10_000.0,
     layout: Layout = "half",
 ) -> Num[Array, "B T N H"]:
-    """Turns the pairs of channels, an equal share of them by each of M coordinates.
+    """Turns pairs of channels, an equal share of them by each of M coordinates.
 
         angle of pair a P + m = position_a * base^(-m / P)     P = H / (2 M) pairs for each axis
         a = 0 ... M - 1,  m = 0 ... P - 1
@@ -60,9 +60,9 @@ class AxialRoPE(Rotary):
         index -> (row, column) = (floor(index / width), index mod width)
         logit_ij = H^-0.5 rotate(q_i, row_i, column_i) . rotate(k_j, row_j, column_j)
 
-    `axial_rotate` is the pure form for any number of axes. It puts the angles of both axes behind
-    one another and pairs channels after that. Interleaved, so does RoPE-ViT's code; in halves, so
-    do the vision towers of Qwen2-VL. The paper's learned directions ("mixed") are not here; those
+    `axial_rotate` is the pure form for any number of axes. It concatenates the angles of the axes
+    and then pairs channels, as RoPE-ViT's code does with the interleaved layout, and the vision
+    towers of Qwen2-VL with halves. The paper's learned directions ("mixed") are not here; those
     that commute are `ComRoPE`.
 
     Every row is defined. Beyond the trained rows the slow pairs reach angles never seen.
@@ -71,7 +71,7 @@ class AxialRoPE(Rotary):
 
     Args:
         width: columns of the grid; at least 1.
-        base: above 1; RoPE-ViT has 100, since images have few rows.
+        base: above 1; 100 in RoPE-ViT, since images have few rows.
         layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 
     References:

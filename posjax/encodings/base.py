@@ -1,7 +1,7 @@
 """The four places where a position encoding acts, with neutral defaults.
 
 An encoding is a Flax Linen module over pure functions. A Linen module is a frozen dataclass, so the
-unbound module *is* the configuration: `CoPE(num_positions=64)` stands in a config file as it is.
+unbound module *is* the configuration: `CoPE(num_positions=64)` in a config file is an encoding.
 Adding an encoding adds one file to this folder, which `posjax.encodings.registry` finds by itself,
 and one line to its `__init__`. Most encodings belong to a family and say one thing:
 
@@ -13,7 +13,7 @@ and one line to its `__init__`. Most encodings belong to a family and say one th
 | `posjax.encodings.wrapper.Wrapper`       | what it changes around another encoding           |
 
 A model creates the encoding once for itself (places 1 and 2, `shared`, `init_state`) and once in
-each layer (the rest, of `encoding.layer(index, layers)`); parameters exist only where a method that
+each layer (the rest, of `encoding.layer(index, layers)`); parameters exist only if a method that
 makes them is called. Data passes in this order, with `stream = stream_of(encoding)`:
 
 | place | once per model                                                                  |
@@ -67,7 +67,7 @@ class Side(NamedTuple):
 
 
 class PositionEncoding(nn.Module):
-    """A position encoding that does nothing; subclasses override the places where they act.
+    """A position encoding that does nothing; subclasses override the places in which they act.
 
     A subclass says about itself, as a class variable or a property:
 
@@ -75,7 +75,8 @@ class PositionEncoding(nn.Module):
         reads_ahead: whether it reads tokens that follow, so that a causal model cannot use it.
         beyond: what happens at positions beyond the trained ones. "extrapolates": every position is
             defined and different; "clips": all positions beyond a limit are treated alike;
-            "raises": a `posjax.positions.LengthError` (NaN where a compiled program cannot raise).
+            "raises": a `posjax.positions.LengthError` (NaN in a compiled program, which cannot
+            raise).
         decodes: whether tokens may be fed one by one with a cache. If not, a carry or a cache
             raises NotImplementedError.
     """

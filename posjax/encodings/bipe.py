@@ -29,12 +29,12 @@ class BiPE(Wrapper):
     tokenizer, 869 "." and 13 (a new line), cannot decode with a cache, and draws the table with
     deviation 0.02. Parameter: table [num_places, D], float32.
 
-    Places from num_places - 1 on share the last row; segment numbers go on as the encoding inside
-    does, so long texts of usual sentences meet few new numbers. Tested against the output of the
+    Places from num_places - 1 on share the last row; far segment numbers are up to the encoding
+    inside, and long texts of usual sentences have few new ones. Tested against the output of the
     official code.
 
     Args:
-        encoding: the encoding between segments; gets gradients and layers as if alone.
+        encoding: the encoding between segments.
         separators: ids of the tokens that end a segment; by default "." and a new line in bytes.
         num_places: rows of the table; at least 1.
         initial_deviation: standard deviation of the table at the start.

@@ -11,10 +11,10 @@ __all__ = ["ComplexFormer", "phases"]
 
 
 def phases(x: Num[Array, "B T N H"], layout: Layout = "half") -> Float[Array, "B T N m"]:
-    """The angle of each pair (a, b) of channels, atan2(b, a) in (-pi, pi]; 0 where a = b = 0.
+    """The angle of each pair (a, b) of channels, atan2(b, a) in (-pi, pi]; 0 if a = b = 0.
 
     Returns:
-        Float32. The gradient is 0 where a = b = 0.
+        Float32. The gradient is 0 if a = b = 0.
 
     >>> phases(jnp.array([[[[0.0, 0.0, 2.0, 0.0]]]])).round(3).tolist()[0][0][0][1]
     0.0
@@ -34,15 +34,16 @@ class ComplexFormer(Rotary):
         s = phase(q_im) - phase(k_jm)                  each pair of channels is a complex number
         adapt_n(s) = scale_n s + shift_n
 
-    The paper (Complex Multi-Head Attention) was withdrawn by its authors and its text is not to be
-    had. From its abstract come the polar form of query and key for each head, and the factor
-    exp(i (Adapt(s) + (i - j) phase)). **The form of Adapt is a guess**, as are its starting values,
-    its one scale and shift for all pairs of a head, RoPE's frequencies and the pairs of channels.
-    An affine one was taken because it splits into a turn of the query and a turn of the key. At the
-    start, scale 1 and shift 0, this is RoPE exactly. Elsewhere the logits jump where a phase passes
-    from pi to -pi, unless scale_n is a whole number.
+    The paper (Complex Multi-Head Attention) was withdrawn by its authors and is no longer
+    available. From its abstract we take the polar form of query and key for each head, and the
+    factor exp(i (Adapt(s) + (i - j) phase)). **The form of Adapt is a guess**, as are its starting
+    values, its one scale and shift for all pairs of a head, RoPE's frequencies and the pairs of
+    channels. An affine form splits into a turn of the query and a turn of the key. At the start,
+    scale 1 and shift 0, this is exactly RoPE. Otherwise the logits jump when a phase passes from pi
+    to -pi, unless scale_n is a whole number.
 
-    Tested against a transcription of the formula, and against RoPE. There is no code to compare.
+    Tested against a transcription of the formula, and against RoPE. There is no code to compare
+    with.
 
     Parameters, float32: scale [K], shared by the heads of a group, since a key is turned once;
     shift [N].

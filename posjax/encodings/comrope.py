@@ -21,9 +21,9 @@ def rotate_blocks(
 ) -> Num[Array, "B T N H"]:
     """Multiplies each block of b neighbouring channels by exp(amount (P - P^T)).
 
-    For b = 2 that is a turn by amount (P_10 - P_01). Larger blocks are turned in the basis of their
+    For b = 2 this is a turn by amount (P_10 - P_01). Larger blocks are turned in the basis of their
     eigenvectors, which is found once for all tokens; `jax.scipy.linalg.expm` for each token would
-    be slower, and in float32 far from exact where the amounts are large.
+    be slower, and in float32 far from exact if the amounts are large.
 
     Args:
         amounts: how far each of the M = H / b blocks is turned.
@@ -49,7 +49,7 @@ def rotate_blocks(
 def _exponential(
     skew: Float[Array, "K m b b"], amounts: Float[Array, "#B T m"], x: Float[Array, "B T K G m b"]
 ) -> Float[Array, "B T K G m b"]:
-    """exp(amount skew) x = U exp(-i amount l) U^H x, where i skew = U diag(l) U^H."""
+    """exp(amount skew) x = U exp(-i amount l) U^H x, with i skew = U diag(l) U^H."""
     values, vectors = _eigen(skew)
     inside = _change_basis(jnp.swapaxes(vectors, -1, -2).conj(), x)
     phase = amounts[:, :, None, :, None] * values[None, None]
@@ -58,7 +58,7 @@ def _exponential(
 
 @_exponential.defjvp
 def _exponential_jvp(primals, tangents):
-    """The derivative along `skew` holds where eigenvalues are equal too, unlike that of `eigh`.
+    """The derivative along `skew` also holds if eigenvalues are equal, unlike that of `eigh`.
 
     In the basis U it is multiplied, element by element, by the divided differences of e^(-i a l),
     which are a e^(-i a (l_k + l_n) / 2) sin(z) / z with z = a (l_k - l_n) / 2.
@@ -102,7 +102,7 @@ class ComRoPE(PositionEncoding):
 
         logit_ij = H^-0.5 (R(x_i) q_i) . (R(x_j) k_j),     R(x_i)^T R(x_j) = R(x_j - x_i)
         R(x) = exp(sum over axes a of x_a A_a),            A_a block-diagonal, blocks b x b
-        "axial":    block m of A_a is P_m - P_m^T where m = a modulo the number of axes, 0 elsewhere
+        "axial":    block m of A_a is P_m - P_m^T if m = a modulo the number of axes, else 0
         "linear":   block m of A_a is multiplier_am (P_m - P_m^T)
 
     The paper's AP and LD. With `grid` positions are rows and columns (or more axes) of it, scaled
@@ -179,7 +179,7 @@ class ComRoPE(PositionEncoding):
 
     @classmethod
     def linear(cls) -> Self:
-        """The paper's LD, where all axes turn all blocks."""
+        """The paper's LD: all axes turn all blocks."""
         return cls(kind="linear")
 
     def positions(self, tokens, positions, carry=None, *, segment_ids=None, deterministic=True):

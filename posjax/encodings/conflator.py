@@ -1,4 +1,4 @@
-"""CONFLATOR: RoPE for mixed languages, whose positions notice where the language switches."""
+"""CONFLATOR: RoPE for mixed languages, whose positions notice switches of the language."""
 
 from typing import Literal, NamedTuple, Self
 
@@ -44,7 +44,7 @@ def switching_positions(
     starts: Bool[Array, "B T"] | None = None,
     rule: Literal["reset", "flip"] = "reset",
 ) -> tuple[Num[Array, "B T"], Switches]:
-    """Positions that restart, or turn round, where the language switches.
+    """Positions that restart, or turn round, when the language switches.
 
         reset: index_t = position_t - position of the latest switching point (0 before the first)
         flip:  index_t = index_{t-1} + d_t (position_t - position_{t-1}),   d changes its sign there
@@ -54,8 +54,8 @@ def switching_positions(
     Args:
         language: 0, 1, ...; -1 belongs to the language before it.
         carry: what this function returned for the tokens before these.
-        starts: first tokens of packed sequences, which know nothing of those before. Positions of 0
-            are such, too.
+        starts: first tokens of packed sequences, which know nothing of those before. Tokens at
+            position 0 are such, too.
 
     Returns:
         Indices in the dtype of `positions`, and the carry for the tokens that come next.
@@ -94,7 +94,7 @@ def switching_positions(
 
 
 def _latest(values: Array, marked: Bool[Array, "B T"], before: Array) -> Array:
-    """The value at the latest marked place up to each one; `before` where there is none."""
+    """The value at the latest marked place up to each one; `before` if there is none."""
     index = jnp.broadcast_to(jnp.arange(1, values.shape[1] + 1), values.shape)
     latest = jax.lax.cummax(jnp.where(marked, index, 0), axis=1)
     found = jnp.take_along_axis(values, jnp.maximum(latest - 1, 0), axis=1)
@@ -106,11 +106,11 @@ class CONFLATOR(Rotary):
 
         logit_ij = H^-0.5 rotate(q_i, index_i) . rotate(k_j, index_j)     (`switching_positions`)
 
-    The paper turns query and key as RoPE does and stresses switching points, where the language of
-    neighbouring words differs. **How its angles use them is a guess**: its text and code could not
-    be had, and both rules here, "reset" and "flip", are readings of that idea. Its second form, for
-    pairs of words, is not here. It knows each word's language from labels; here it comes from the
-    token ids.
+    The paper turns query and key as RoPE does and stresses switching points, at which the language
+    of neighbouring words differs. **How its angles use them is a guess**: its text and code are not
+    available, and both rules here, "reset" and "flip", are readings of that idea. Its second form,
+    for pairs of words, is not here. It knows each word's language from labels; here it comes from
+    the token ids.
 
     Tested against a transcription of this rule, one token after another. Without tokens of the
     second language it is RoPE.

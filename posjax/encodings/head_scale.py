@@ -28,8 +28,8 @@ class HeadScale(PositionEncoding):
         logit_ij = s_n H^-0.5 q_i . k_j        s_n = max(scale_n, lower_bound)
 
     It acts on the query. Without any position encoding (NoPE) this keeps attention from spreading
-    in contexts longer than the trained ones: the authors put it into a trained NoPE model and train
-    the scales alone, for 200 steps at the new length (freeze the rest in the optimizer). Their
+    in contexts longer than the trained ones: the authors add it to a trained NoPE model and train
+    only the scales, for 200 steps at the new length (freeze the rest in the optimizer). Their
     parameter is bfloat16 and is clamped after every step; here the bound is in the forward pass,
     with a gradient that leads back up from below it (`posjax.encodings.kerple.keep_within`). It
     joins other encodings in combinations, "head_scale+rope", but the authors found that it helps

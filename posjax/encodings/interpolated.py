@@ -18,7 +18,7 @@ class Interpolated(Wrapper):
     With RoPE this is `RoPE(scaling=Linear(target_length / trained_length))`; it also serves ALiBi,
     sinusoids, trained tables (which interpolate), T5's buckets (which round) and all others that
     are functions of the position. It is meant for a trained model, fine-tuned a little at the new
-    length (the paper: 1000 steps); without, nearby tokens are closer than ever seen.
+    length (the paper: 1000 steps); without, nearby tokens are closer than any seen before.
 
     Positions up to target_length are within the trained range; beyond, it is what the encoding
     inside is at trained_length. Indices are float32, in the cache too. Tested against RoPE's
@@ -30,7 +30,7 @@ class Interpolated(Wrapper):
         target_length: L', at least trained_length.
 
     Raises:
-        ValueError: the encoding inside makes indices of its own (Abacus, BiPE, PoSE in training).
+        ValueError: the encoding inside makes its own indices (Abacus, BiPE, PoSE in training).
 
     References:
         Chen, Wong, Chen, Tian, Extending Context Window of Large Language Models via Positional
@@ -56,7 +56,7 @@ class Interpolated(Wrapper):
         super().__post_init__()
 
     def positions(self, tokens, positions, carry=None, **settings):
-        """The squeezed positions, as the encoding inside hands them on."""
+        """The squeezed positions, as the encoding inside passes them on."""
         squeezed = interpolated_positions(positions, self.trained_length, self.target_length)
         name, inside = type(self.encoding).__name__, "put Interpolated inside it"
         try:
@@ -64,5 +64,5 @@ class Interpolated(Wrapper):
         except TypeError as error:
             raise ValueError(f"{name} takes no fractions of positions; {inside}.") from error
         if any(leaf is not squeezed for leaf in jax.tree.leaves(indices)):
-            raise ValueError(f"{name} makes indices of its own; {inside}.")
+            raise ValueError(f"{name} makes its own indices; {inside}.")
         return indices, carry

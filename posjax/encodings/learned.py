@@ -15,14 +15,14 @@ __all__ = ["Learned", "lookup", "shrink"]
 
 
 def lookup(table: Float[Array, "P D"], positions: Num[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of a table of positions, never a wrong row in silence.
+    """Rows of a table of positions, never silently a wrong one.
 
         whole p:     table[p]
         fraction:    (1 - f) table[i] + f table[i + 1]        i = floor(p), f = p - i
         above P - 1: table[P - 1]                             fractions between P - 1 and P
 
     A compiled program cannot raise, so inside `jax.jit` a position outside 0 <= p < P gives a row
-    of NaN, which the loss shows at once; where positions are known it raises.
+    of NaN, which the loss shows at once; if positions are known it raises.
 
     Raises:
         posjax.positions.LengthError: a known position outside the table.
@@ -54,7 +54,7 @@ def shrink(positions: Num[Array, "B T"], length: int, rows: int) -> Float[Array,
         place = min(position * (rows - 1) / (length - 1), rows - 1)
 
     Returns:
-        float32; NaN outside 0 <= position < length where the program is compiled.
+        float32; NaN outside 0 <= position < length in a compiled program.
 
     Raises:
         posjax.positions.LengthError: a known position outside.
@@ -81,9 +81,9 @@ class Learned(PositionEncoding):
     little after.
 
     There is no row beyond the last position: a longer sequence raises
-    `posjax.positions.LengthError` when the program is traced (packed rows too, but not where
-    positions are fractions, which may be dense), and a position beyond becomes NaN where the
-    program cannot raise, see `lookup`. Parameter: table [max_length, D], float32.
+    `posjax.positions.LengthError` when the program is traced (packed rows too, but not if
+    positions are fractions, which may be dense), and a position beyond becomes NaN in a compiled
+    program, see `lookup`. Parameter: table [max_length, D], float32.
 
     Args:
         max_length: rows of the table; at least 1.
@@ -150,7 +150,7 @@ def _rows(table: Array, index: Array) -> Array:
 
 
 def _refuse_known(positions: Array, rows: int) -> None:
-    """Raises where positions are known and one is outside 0 <= position < rows."""
+    """Raises if positions are known and one is outside 0 <= position < rows."""
     if isinstance(positions, jax.core.Tracer) or not positions.size:
         return
     known = np.asarray(positions)

@@ -1,4 +1,4 @@
-"""Log-length scaling: logits grow with the logarithm of how many tokens the query sees."""
+"""Log-length scaling: logits grow with the logarithm of the number of visible tokens."""
 
 import math
 from typing import Self
@@ -39,7 +39,7 @@ class LogLength(PositionEncoding):
     Every length is defined. Tested against a transcription of the formula.
 
     Args:
-        trained_length: where the factor is 1; at least 2.
+        trained_length: the length at which the factor is 1; at least 2.
         minimum: factors are at least this; 0 or more.
 
     References:

@@ -51,12 +51,12 @@ class MsPoE(Rotary):
         ratio_n = min_ratio + (max_ratio - min_ratio) order_n / N
         logit_ij = H^-0.5 rotate(q_i, i / ratio_n) . rotate(k_j, j / ratio_n)
 
-    Made for trained RoPE models, without more training: heads that look at certain positions keep
-    fine distances, others see further. The official code ranks heads by their weights in the first
-    forward pass and keeps that; here run `position_awareness` once and hand its result to `order`.
-    Without, the order is reversed, the code's head type "normal". The code divides by N, as here,
-    so that max_ratio is never reached. With grouped heads it turns a key by the ratio of its
-    group's first head, but each query by its own, so that angles between them grow with the
+    It is for trained RoPE models, without further training: heads that attend to certain positions
+    keep fine distances, others see further. The official code ranks heads by their weights in the
+    first forward pass and keeps that; here run `position_awareness` once and pass its result as
+    `order`. By default the order is reversed, the code's head type "normal". The code divides by N,
+    as here, so that max_ratio is never reached. With grouped heads it turns a key by the ratio of
+    its group's first head, but each query by its own, so that angles between them grow with the
     position; here the first head's ratio holds for the whole group. For K = N both are the same.
 
     Every position is defined. Up to about min_ratio times the trained length all angles were seen
@@ -67,8 +67,8 @@ class MsPoE(Rotary):
         max_ratio: at least min_ratio.
         order: 0 ... N - 1 in any order, one for each head; head n has rank order_n. None: N - 1
             for the first head down to 0 for the last.
-        skip_layers: so many layers, from the first on, have plain RoPE; 2 in the paper. Their
-            layers differ then, which `scan_layers` refuses.
+        skip_layers: number of layers, from the first on, with plain RoPE; 2 in the paper. Layers
+            then differ, which `scan_layers` refuses.
         base: of RoPE's frequencies; above 1.
         layout: which channels are a pair, see `posjax.encodings.rotary.turn`.
 

@@ -33,7 +33,7 @@ class PRoPE(Rotary):
 
     fraction = 1 is RoPE and 0 no encoding. Unlike `RoPE(fraction=...)`, the paper's "partial", it
     does not fit a whole spectrum into fewer channels. The paper's listing rounds the number of
-    pairs down, as does code after it. Hugging Face's rope type "proportional" is the same method.
+    pairs down, and so does later code. Hugging Face's rope type "proportional" is the same method.
 
     Every position is defined, but the kept pairs turn as in RoPE, and the paper did not test longer
     contexts than trained ones. Tested live against Hugging Face's code.

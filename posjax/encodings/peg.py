@@ -86,7 +86,7 @@ class PEG(StreamEncoding):
         stream[r, c] += offset + sum of kernel[a, b] * stream around [r, c]         with `grid`
 
     Each channel has its own kernel (depthwise). The paper's form is the second, 3 x 3 on an image,
-    before the second block (`block=1`); the zeros outside the image are what tells a place where it
+    before the second block (`block=1`); the zeros outside the image tell a place where it
     is. Its class token is left out of the convolution; there is none here. The first form is the
     causal one, for text; it tells neighbours apart, and only the first kernel_size - 1 tokens where
     they are.

@@ -12,7 +12,7 @@ __all__ = ["PoSE"]
 
 
 class PoSE(Wrapper):
-    """In training, sequences are cut in two at a random place, and the second part moves far away.
+    """Cuts training sequences in two at a random place and moves the second part far away.
 
         v ~ U{1 ... floor((n + 1) / 2)},  u ~ U{0 ... target_length - n}
         the encoding inside sees p for the first v of n tokens, p + u for the others
@@ -21,11 +21,11 @@ class PoSE(Wrapper):
     Each row, and each packed segment, has its own draws (`posjax.positions.skip_positions`). An
     older form of the authors' code moves the first part too; the later one does not, so that far
     distances come up more evenly (`shift_first` does). The code moreover takes
-    the content of the second part from further on in the document: that belongs to the data, not
-    here. It serves to fine-tune a trained RoPE model with frequencies scaled to the new length.
+    the content of the second part from further on in the document, which is a matter of the data.
+    Use it to fine-tune a trained RoPE model with frequencies scaled to the new length.
 
-    Beyond the target length it is what the encoding inside is. Tested against a transcription of
-    the official code's arithmetic in numpy.
+    Beyond the target length it does what the encoding inside does. Tested against a transcription
+    of the official code's arithmetic in numpy.
 
     Args:
         encoding: the encoding inside.

@@ -36,7 +36,7 @@ class Randomized(Wrapper):
         the encoding inside sees p_i in place of i
 
     So positions up to max_length are trained by sequences of any length n. One draw serves the
-    whole batch, as in the official code; every packed segment has as many numbers as it has tokens
+    whole batch, as in the official code; every packed segment has one number for each token
     (`posjax.positions.random_subset_positions`). The official code draws once for the network with
     absolute encodings, and anew in every layer (shared by query and key) with RoPE, ALiBi and
     relative ones: `draws` gives each layer its own. For ALiBi and relative encodings it draws

@@ -35,7 +35,7 @@ def classes() -> dict[str, type[PositionEncoding]]:
 
 
 def names() -> list[str]:
-    """All names that `create` knows; "nope" stands for no encoding.
+    """All names that `create` knows; "nope" is no encoding.
 
     >>> "cope.paper" in names()
     True

@@ -31,7 +31,7 @@ def group_shifts(
 
 
 class SelfExtend(Rotary):
-    """RoPE near by; beyond `window`, RoPE at positions in groups of `group`. Needs no training.
+    """Exact RoPE up to `window`; beyond it, RoPE at positions in groups. Needs no training.
 
         logit_ij = H^-0.5 rotate(q_i, i) . rotate(k_j, j)                         i - j < window
                    H^-0.5 rotate(q_i, i // G + window - window / G) . rotate(k_j, j // G)    else
@@ -42,12 +42,12 @@ class SelfExtend(Rotary):
     blockwise attention computes two products for each pair and never builds an array of them.
 
     The official code uses window / G with a fraction when it reads the prompt and the floor when it
-    decodes; window must be a multiple of G here, where both are the same. Its optional factor
+    decodes; here window must be a multiple of G, so that both are the same. Its optional factor
     max(1, ln(i + 1) / ln L) for queries is `log_length.clipped` before this encoding. Tested
     against the output of the official code.
 
     Args:
-        group: G, so many neighbouring positions become one; at least 1, which is RoPE.
+        group: G, the number of neighbouring positions that become one; at least 1, which is RoPE.
         window: distances below it are exact; a multiple of group.
         base: of RoPE's frequencies; above 1.
         fraction: share of each head's channels that are turned, above 0 and up to 1.

@@ -54,7 +54,7 @@ class Sinusoidal(PositionEncoding):
         embedding_p + scale * sinusoids(p)            `sinusoids` has the formula
 
     The paper multiplies the token embeddings by sqrt(D) before the sum; here `scale` makes the
-    waves smaller instead (D^-0.5 gives the paper's proportion where token embeddings have deviation
+    waves smaller instead (D^-0.5 gives the paper's proportion if token embeddings have deviation
     D^-0.5). The paper's text interleaves sines and cosines, its code (tensor2tensor) concatenates
     them; the two differ by a permutation of channels, which matters for loaded weights only. The
     lowest frequency is 1 / base in that code; in the text, and here, it is base^(2 / D) / base.
@@ -62,7 +62,7 @@ class Sinusoidal(PositionEncoding):
     Every position is defined; beyond the trained length the model sees combinations of angles it
     has never seen, and perplexity rises at once (Press et al., Train Short, Test Long, figure 1).
     Tested against a float64 computation and, scaled and trained, against x-transformers.
-    Parameter: trained_scale [], float32, only where `train_scale`.
+    Parameter: trained_scale [], float32, only with `train_scale`.
 
     Args:
         base: the slowest wave is about 2 pi base positions long; above 1.

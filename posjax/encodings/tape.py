@@ -11,7 +11,7 @@ from posjax.encodings.base import Sizes
 from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Num
 
-__all__ = ["TAPE", "rotary_state", "turn"]
+__all__ = ["TAPE", "multiply_pairs", "rotary_state"]
 
 
 def rotary_state(
@@ -32,7 +32,9 @@ def rotary_state(
     return jnp.broadcast_to(state, (*positions.shape, heads, *state.shape[3:]))
 
 
-def turn(x: Num[Array, "B T N H"], state: Float[Array, "B T K 2 pairs"]) -> Num[Array, "B T N H"]:
+def multiply_pairs(
+    x: Num[Array, "B T N H"], state: Float[Array, "B T K 2 pairs"]
+) -> Num[Array, "B T N H"]:
     """Multiplies channel pairs (m, m + H / 2) by the state as complex numbers; keeps x's dtype."""
     state = jnp.repeat(state.astype(jnp.float32), x.shape[2] // state.shape[2], axis=2)
     cos, sin = state[..., 0, :], state[..., 1, :]
@@ -51,7 +53,7 @@ class TAPE(StreamEncoding):
     weight_ij are the layer's attention weights, x_i is what the layer's MLP adds to the residual
     stream. Both updates act on heads only, so a rotation of all states by one angle commutes with
     them, and all of it depends on relative positions only. `up` and `attention` start at 0, so the
-    model starts as RoPE. Once updated, states are no rotations any more: their lengths change.
+    model starts as RoPE. Once updated, states are no longer rotations: their lengths change.
 
     The paper's attention update mixes heads by a matrix; the official code scales each head by the
     sum of the matrix's row. The code's form is the default, `mix_heads` is the other. The code has
@@ -114,7 +116,7 @@ class TAPE(StreamEncoding):
 
     def rotate(self, query, key):
         """Query and key, multiplied by their states."""
-        return turn(query.x, query.memory), turn(key.x, key.memory)
+        return multiply_pairs(query.x, query.memory), multiply_pairs(key.x, key.memory)
 
     def extra_values(self, memory):
         """The states of the keys as values, [B, S, K, H]."""

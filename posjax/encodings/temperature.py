@@ -1,4 +1,4 @@
-"""Temperature: whole logits, bias included, are divided by tau, for contexts beyond training."""
+"""Temperature: logits, bias included, are divided by tau, for contexts beyond training."""
 
 import jax.numpy as jnp
 
@@ -17,8 +17,8 @@ class Temperature(Wrapper):
 
     Longer sequences spread attention thinner; a tau below 1 sharpens it again, without training.
     `posjax.alignment` finds the tau at which attention at the new length is as sharp as it was at
-    the trained one. The inner encoding sees queries and their products as they are without tau, so
-    the gates of CoPE count as before. In a combination, wrap the whole: only the bias of the
+    the trained one. The inner encoding sees queries and their products without tau, so the gates
+    of CoPE count as before. Wrap a whole combination, not a part of it: only the bias of the
     encoding inside is divided.
 
     Beyond the trained length it does what the encoding inside does. Tested against a

@@ -18,8 +18,8 @@ def xpos_scales(
         zeta_m = (2m + 0.4 H) / (1.4 H)         m = 0 ... H / 2 - 1,  H = channels
         scale_m = zeta_m^(position / scale_base)
 
-    Float32 holds it and its inverse with room to spare up to position 32,000 * scale_base / 512;
-    from 35,600 on the smallest are 0.
+    Float32 holds it and its inverse up to position 32,000 * scale_base / 512 with room to spare;
+    from 35,600 on the smallest ones are 0.
 
     >>> print(xpos_scales(jnp.array([[0, 512]]), 4).round(3))
     [[[1.    1.   ]
@@ -38,17 +38,17 @@ class XPos(Rotary):
         key at j:    turned by j, divided by zeta_m^((j - c) / scale_base)
 
     zeta as in `xpos_scales`, below 1. Only i - j matters, so any reference c gives the same logits.
-    Published code takes half of the current length, which it cannot do with a cache of turned keys;
-    here keys are cached unturned, and `centred=True` is that. The default is c = 0, so that a key
-    is turned alike at all times: right up to position 32,000 with scale_base 512 (centred: rows of
-    64,000), in float32 and in bfloat16, which has the same range; float16 ends at 4,000.
+    Published code uses half of the current length, which a cache of turned keys does not allow;
+    here keys are cached unturned, and `centred=True` does the same. The default is c = 0, so that a
+    key never changes: exact up to position 32,000 with scale_base 512 (centred: rows of 64,000), in
+    float32 and in bfloat16, which has the same range; float16 ends at 4,000.
 
     Every position is defined, and far keys fade, which is meant to help beyond the trained length.
     The factor is above 1 for keys after the query: meant for causal attention. The paper's block-
     wise attention for long rows is `local_window_size`.
 
-    Tested against x-transformers' code live (interleaved layout, which torchscale has too), and
-    against the formula.
+    Tested live against x-transformers' code (interleaved layout, as in torchscale), and against the
+    formula.
 
     Args:
         base: of RoPE's frequencies; above 1.

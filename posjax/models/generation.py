@@ -29,7 +29,7 @@ def generate(
 
     Args:
         variables: as given to `model.apply`.
-        temperature: 0 takes the most likely token; above 0 samples from softmax(logits /
+        temperature: 0 chooses the most likely token; above 0 samples from softmax(logits /
             temperature).
         key: random key for sampling.
 

@@ -16,7 +16,7 @@ __all__ = ["Cache", "Transformer"]
 
 
 class Cache(NamedTuple):
-    """Everything the model keeps of the tokens seen so far; room for S tokens."""
+    """All arrays that the model keeps of the tokens seen so far; room for S tokens."""
 
     length: Int[Array, ""]  # tokens seen
     carry: PyTree  # of the encoding's positions
@@ -40,8 +40,8 @@ class Transformer(nn.Module):
         head          V D                  unless tied_embeddings
 
     Kernels start normal with variance 1 / inputs; those that write to the residual stream are
-    smaller by sqrt(2 L). The encoding's parameters stand under "encoding": at the top what is made
-    once, in each block what each layer has.
+    smaller by sqrt(2 L). The encoding's parameters are under "encoding": those made once at the
+    top, those of a layer in its block.
 
     >>> import jax
     >>> model = Transformer(TransformerConfig(), vocab_size=7)
@@ -68,9 +68,9 @@ class Transformer(nn.Module):
         """Logits for the next token at every place, in float32.
 
         Args:
-            positions: handed to the encoding; by default 0, 1, ..., starting again in every packed
+            positions: passed to the encoding; by default 0, 1, ..., starting again in every packed
                 segment.
-            segment_ids: tokens see only tokens of their own segment.
+            segment_ids: tokens see only tokens of the same segment.
             deterministic: False in training: dropout (rng stream "dropout") and random positions
                 ("encoding").
             cache: the tokens before these; the result is then (logits, cache).

@@ -151,12 +151,14 @@ def test_is_a_configuration(name):
 @every
 def test_implementations_agree_in_values_and_gradients(name):
     dense, output = gradients(name, "reference")
-    blockwise, same = gradients(name, "xla")
-    assert_close(output, same, 1e-5)
-    jax.tree.map(assert_gradient, blockwise, dense)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(dense))
     for inside, values in of_encoding(dense).items():
         assert any(np.any(x) for x in values), inside
+    if name in VARIANTS and type(registry.create(name)).bias is PositionEncoding.bias:
+        return  # its attention is that of the file's encoding
+    blockwise, same = gradients(name, "xla")
+    assert_close(output, same, 1e-5)
+    jax.tree.map(assert_gradient, blockwise, dense)
 
 
 @each_file
@@ -434,18 +436,12 @@ def test_an_unknown_name_says_the_nearest(name, words):
         registry.create(name)
 
 
-def _hooks(base):
-    """The public methods of a base class; `positions` may pass keywords on as they are."""
-    public = [name for name, value in vars(base).items() if inspect.isfunction(value)]
-    return [name for name in public if name != "positions" and not name.startswith("_")]
-
-
 @pytest.mark.parametrize("cls", registry.classes().values())
-@pytest.mark.parametrize(
-    "base", [PositionEncoding, StreamEncoding, Rotary, TrainedBias, DistanceBias]
-)
-def test_has_the_arguments_of_the_base_class(cls, base):
-    if issubclass(cls, base):
-        for hook in _hooks(base):
-            wanted = inspect.signature(getattr(base, hook)).parameters
-            assert list(inspect.signature(getattr(cls, hook)).parameters) == list(wanted), hook
+def test_has_the_arguments_of_the_base_class(cls):
+    for base in (PositionEncoding, StreamEncoding, Rotary, TrainedBias, DistanceBias):
+        for hook, value in vars(base).items():
+            # `positions` may pass keywords on as they are.
+            is_hook = inspect.isfunction(value) and hook != "positions" and hook[0] != "_"
+            if is_hook and issubclass(cls, base):
+                wanted = list(inspect.signature(value).parameters)
+                assert list(inspect.signature(getattr(cls, hook)).parameters) == wanted, hook

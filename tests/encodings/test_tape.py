@@ -7,7 +7,7 @@ from posjax import dot_product_attention
 from posjax.encodings import TAPE
 from posjax.encodings.base import Side, Sizes
 from posjax.encodings.rope import rotate
-from posjax.encodings.tape import rotary_state, turn
+from posjax.encodings.tape import multiply_pairs, rotary_state
 
 B, T, N, H, D, P = 2, 5, 3, 8, 6, 4
 SIZES = Sizes(N, N, H)
@@ -79,7 +79,7 @@ def test_two_layers_equal_the_official_ones(mix_heads):
 def test_starts_as_rope():
     encoding = TAPE()
     state = encoding.apply({}, PLACES, SIZES, method="init_state")
-    np.testing.assert_allclose(turn(QUERY, state), rotate(QUERY, PLACES), atol=1e-6)
+    np.testing.assert_allclose(multiply_pairs(QUERY, state), rotate(QUERY, PLACES), atol=1e-6)
     mixed = jnp.ones((B, T, N, H))
     variables = encoding.init(jax.random.key(0), state, CHANGE, mixed, method="update_state")
     shapes = {"attention": (N, N), "up": (N, 48), "inputs": (D, 48), "down": (48, N)}
