@@ -85,18 +85,22 @@ class Transformer(nn.Module):
             raise ValueError(
                 "segment_ids and cache cannot be used together: a cache holds one sequence a row."
             )
-        config = self.config
-        own = PositionEncoding(parent=None) if self.encoding is None else self.encoding
-        if own.reads_ahead:
+        config, encoding = self.config, self.encoding
+        if encoding is None:
+            encoding = PositionEncoding(parent=None)
+        name = type(encoding).__name__
+        if encoding.reads_ahead:
             raise ValueError(
-                f"{type(own).__name__} reads tokens that follow; this model is causal and would "
-                "see its own targets. Use the encoding in a model that attends in both directions."
+                f"{name} reads tokens that follow; this model is causal and would see its own "
+                "targets. Use the encoding in a model that attends in both directions."
             )
-        if cache is not None and not own.decodes:
+        if cache is not None and not encoding.decodes:
             raise NotImplementedError(
-                f"{type(own).__name__} cannot decode with a cache: run the model on all tokens."
+                f"{name} cannot decode with a cache: run the model on all tokens."
             )
-        context, carry = self._context(own, tokens, positions, segment_ids, deterministic, cache)
+        context, carry = self._context(
+            encoding, tokens, positions, segment_ids, deterministic, cache
+        )
         embedding = nn.Embed(
             self.vocab_size,
             config.width,
@@ -105,10 +109,10 @@ class Transformer(nn.Module):
             embedding_init=nn.initializers.normal(config.width**-0.5),
             name="embedding",
         )
-        x = own.embed(embedding(tokens), context.query_indices)
+        x = encoding.embed(embedding(tokens), context.query_indices)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        flow = x, stream_of(own).init_state(context.query_indices, config.sizes)
-        x, layers = self._blocks(flow, own, context, cache, deterministic)
+        flow = x, stream_of(encoding).init_state(context.query_indices, config.sizes)
+        x, layers = self._blocks(flow, encoding, context, cache, deterministic)
         logits = self._head(x, embedding)
         if cache is None and not keep:
             return logits
@@ -146,7 +150,7 @@ class Transformer(nn.Module):
         ]
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         if config.scan_layers:
-            if any(own != encodings[0] for own in encodings):
+            if any(other != encodings[0] for other in encodings):
                 raise ValueError(
                     f"scan_layers needs the same encoding in every layer, but the layers of "
                     f"{type(encoding).__name__} differ; use scan_layers=False."
@@ -162,9 +166,9 @@ class Transformer(nn.Module):
             (x, _), states = layers(flow, None if cache is None else cache.layers, context)
             return x, states
         states = []
-        for index, own in enumerate(encodings):
+        for index, encoding in enumerate(encodings):
             cached = None if cache is None else cache.layers[index]
-            layer = block(config, own, deterministic, name=f"layer_{index}")
+            layer = block(config, encoding, deterministic, name=f"layer_{index}")
             flow, state = layer(flow, cached, context)
             states.append(state)
         return flow[0], tuple(states)

@@ -1,6 +1,6 @@
-"""What every encoding promises. A new file in posjax/encodings joins by itself.
+"""Promises of every encoding. A new file in posjax/encodings joins by itself.
 
-Each encoding stands in a small transformer of two layers with grouped heads, so that all hooks are
+Each encoding is in a small transformer of two layers with grouped heads, so that all hooks are
 called as users call them; attention runs in blocks smaller than the sequence.
 """
 
