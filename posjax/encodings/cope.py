@@ -21,8 +21,8 @@ class CoPE(TrainedBias):
         p_ij  = min(sum of g_ik over k from j to i, num_positions - 1)
         logit = H^-0.5 q_i . k_j + interp(q_i . table, p_ij)
 
-    The pure form is `posjax.ContextualBias`. Parameters: the table, and `gate_bias` [N] of each
-    layer with `train_gate_bias`; float32. Options after a dash are the official code's.
+    The pure form is `posjax.ContextualBias`. Parameters, float32: `table`, and `gate_bias` [N] in
+    each layer with `train_gate_bias`. Names that begin with -- are options of the official code.
 
     Any length is defined: beyond the trained one counts go on and saturate at P - 1. Attention must
     be causal.

@@ -47,9 +47,9 @@ def test_functions_are_equal_by_value_and_of_the_distance_if_they_say_so(cls):
     assert (np.abs(here - there).max() == 0) == cls.distance_only
 
 
-def test_a_function_of_distance_needs_no_class():
+def test_distance_is_the_query_less_the_key():
     function = OfDistance(lambda params, distance: params * distance)
-    got = function(jnp.float32(2.0), jnp.array([[7, 1]]), jnp.array([[3, 4, 5]]))
+    got = function(2, jnp.array([[7, 1]]), jnp.array([[3, 4, 5]]))
     assert got.tolist() == [[[[8, 6, 4], [-4, -6, -8]]]]
 
 
