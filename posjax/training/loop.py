@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from posjax import checks
 from posjax.choice import implementations_used
 from posjax.models import Transformer
 from posjax.tasks.data import train_dataset
@@ -261,11 +262,9 @@ class _Trainer:
             jax.eval_shape(init, jax.random.key(0), tokens)
         platform = self.mesh.devices.flat[0].platform
         for name in ("tpu", "gpu"):
-            if name in used and platform != name:
-                raise ValueError(
-                    f'model.implementation="{name}" needs {name.upper()}s, but the devices are '
-                    f'{platform}s; leave it out to choose by the device, or use "xla"'
-                )
+            fits = name not in used or platform == name
+            wanted = f'"xla" or None (to choose by the device) on {platform}s'
+            checks.require("model.implementation", name, fits, wanted)
         if not used:
             return ""
         if len(set(used)) == 1:
