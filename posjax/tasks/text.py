@@ -72,9 +72,7 @@ class Text(Task):
         for name in ("path", "suffixes"):
             value = getattr(self, name)
             are_names = isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
-            checks.require(
-                f"Text {name}", value, are_names, "a tuple of strings that are not empty"
-            )
+            checks.require(f"Text {name}", value, are_names, "a tuple of strings, none empty")
         checks.integer("Text validation_bytes", self.validation_bytes, low=self._longest + 1)
 
     @property

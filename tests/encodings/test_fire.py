@@ -132,19 +132,3 @@ def test_shared_parameters_are_used():
     params, places = random_params(FIRE(hidden_width=4)), [0, 3, 7]
     bias = bias_of(encoding, params, jnp.array([places]))
     np.testing.assert_allclose(bias[0], listing(params, places, 512.0), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"hidden_layers": 0}, "hidden_layers is 0; it must be at least 1"),
-        ({"hidden_width": 0}, "hidden_width is 0; it must be at least 1"),
-        ({"initial_c": 0.0}, "initial_c is 0.0; it must be above 0 and finite"),
-        ({"initial_threshold": -1.0}, "initial_threshold is -1.0; it must be above 0"),
-        ({"initial_threshold": float("nan")}, "initial_threshold is nan; it must be above 0"),
-        ({"normaliser": "key"}, 'normaliser is \'key\'; it must be "query" or "larger"'),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"FIRE {words}"):
-        FIRE(**settings)

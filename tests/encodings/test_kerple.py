@@ -126,9 +126,3 @@ def test_one_pair_for_all_layers_or_one_in_each():
     assert KERPLE.power() == KERPLE(kind="power")
     with pytest.raises(ValueError, match="KERPLE has share_layers=True, but shared is None"):
         KERPLE().apply(variables, x, x, x, places, places, method="bias")
-
-
-@pytest.mark.parametrize("field", ["kind", "positivity"])
-def test_bad_settings(field):
-    with pytest.raises(ValueError, match=f"KERPLE {field} is 'exp'; it must be one of"):
-        KERPLE(**{field: "exp"})
