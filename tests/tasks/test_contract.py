@@ -141,9 +141,8 @@ def test_splits_end_at_their_size(name, tmp_path):
     task = make(name, tmp_path)
     for split, description in task.splits.items():
         task.example(description.size - 1, split)
-        with pytest.raises(
-            ValueError, match=f"index in split '{split}' .* {description.size - 1}\\."
-        ):
+        words = f"index in split '{split}' .* {description.size - 1}\\."
+        with pytest.raises(ValueError, match=words):
             task.example(description.size, split)
 
 

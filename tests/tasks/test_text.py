@@ -153,7 +153,7 @@ def test_too_little_to_evaluate(tmp_path, size, words):
 def test_too_little_to_train(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 100)
     task = Text(path=(str(tmp_path),), length=16, validation_fraction=0.9)
-    with pytest.raises(ValueError, match="number of training bytes .* is 10; it must be above 16"):
+    with pytest.raises(ValueError, match=r"number of training bytes .* is 10; it must be above 16"):
         task.example(0)
 
 

@@ -158,7 +158,7 @@ def test_names_of_runs():
         (["debug", "--learning_rate", "3"], ["Unrecognized", "--optimizer.learning_rate"]),
         (["debug", "--model.layers", "x"], ["--model.layers", "'x'"]),
         (["debug", "--model.norm", "per"], ["--model.norm", "'pre'", "'post'"]),
-        (["debug", "--train.steps", "0"], ["train.steps must be at least 1, got 0"]),
+        (["debug", "--train.steps", "0"], ["train.steps is 0; it must be at least 1."]),
         (["debug", "--encoding.num_positions", "1"], ["num_positions", "1", "at least 2"]),
         (
             ["debug", "--encoding", "rope.yarn", "--encoding.scaling.factor", "0.5"],
