@@ -95,5 +95,5 @@ def test_position_awareness_counts_outliers_of_the_last_query():
 def test_what_does_not_fit_the_heads():
     with pytest.raises(ValueError, match="MsPoE order is for 2 heads, but query has 4"):
         turned(MsPoE(order=(0, 1)))
-    with pytest.raises(ValueError, match="MsPoE turns pairs of channels; head size 7 must be even"):
+    with pytest.raises(ValueError, match="head size of MsPoE is 7; it must be even"):
         turned(MsPoE(), X[..., :7], X[..., :7])
