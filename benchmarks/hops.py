@@ -37,7 +37,7 @@ class Hops(NamedTuple):
     depth: int
 
 
-class Reached(Exception):  # noqa: N818
+class Reached(Exception):
     """The body of the kernel has begun."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.types import Array, Bool, Float
 
 __all__ = ["align_entropy", "align_max_probability", "attention_entropy", "max_probability"]
@@ -131,6 +132,8 @@ def _align(
 
 def _log_weights(logits: Array, temperature: Array | float, mask: Array | None):
     """Log of the weights, and which rows see any key."""
+    if not isinstance(temperature, jax.Array):
+        checks.number("temperature", temperature, above=0)
     logits = logits.astype(jnp.float32) / temperature
     if mask is None:
         return jax.nn.log_softmax(logits, axis=-1), jnp.ones(logits.shape[:-1], bool)

@@ -11,6 +11,7 @@ module is one) by their annotations, with `Limits` for those that have a range:
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 import types
@@ -106,7 +107,11 @@ def require(name: str, value: Any, holds: bool, wanted: str) -> None:
     ValueError: heads is 3; it must be a divisor of width = 8.
     """
     if not holds:
-        raise ValueError(f"{name} is {value!r}; it must be {wanted}.")
+        raise _refusal(name, value, wanted)
+
+
+def _refusal(name: str, value: Any, wanted: str) -> ValueError:
+    return ValueError(f"{name} is {value!r}; it must be {wanted}.")
 
 
 def integer(name: str, value: Any, *, optional: bool = False, **limits: float | None) -> Any:
@@ -120,7 +125,7 @@ def integer(name: str, value: Any, *, optional: bool = False, **limits: float | 
     Traceback (most recent call last):
     ValueError: width is 0; it must be at least 1.
     """
-    return _numeric(name, value, _is_integer(value), "an integer", optional, Limits(**limits))
+    return _within(name, value, _INTEGER, Limits(**limits), optional)
 
 
 def number(name: str, value: Any, *, optional: bool = False, **limits: float | None) -> Any:
@@ -134,7 +139,7 @@ def number(name: str, value: Any, *, optional: bool = False, **limits: float | N
     Traceback (most recent call last):
     ValueError: base is nan; it must be a finite number, above 1.
     """
-    return _numeric(name, value, _is_number(value), "a finite number", optional, Limits(**limits))
+    return _within(name, value, _NUMBER, Limits(**limits), optional)
 
 
 def integers(
@@ -158,8 +163,7 @@ def integers(
     Traceback (most recent call last):
     ValueError: grid is (2, 0); it must be a tuple of one or more integers, each at least 1.
     """
-    within = Limits(**limits)
-    return _sequence(name, value, _is_integer, "integers", count, empty, optional, within)
+    return _each_within(name, value, _INTEGER, Limits(**limits), optional, count, empty)
 
 
 def numbers_of(
@@ -179,8 +183,7 @@ def numbers_of(
         optional: whether None is right, too.
         limits: those of `Limits`, for each number.
     """
-    within = Limits(**limits)
-    return _sequence(name, value, _is_number, "finite numbers", count, empty, optional, within)
+    return _each_within(name, value, _NUMBER, Limits(**limits), optional, count, empty)
 
 
 def choice(name: str, value: Any, allowed: Any, *, optional: bool = False) -> Any:
@@ -197,10 +200,11 @@ def choice(name: str, value: Any, allowed: Any, *, optional: bool = False) -> An
     known = get_args(allowed) if get_origin(allowed) is Literal else tuple(allowed)
     exact = not isinstance(value, bool)
     holds = exact and any(isinstance(value, type(one)) and value == one for one in known)
+    if holds or _absent(value, optional):
+        return value
     quoted = [f'"{one}"' if isinstance(one, str) else str(one) for one in known]
     quoted += ["None"] if optional else []
-    require(name, value, holds or _absent(value, optional), _either(quoted))
-    return value
+    raise _refusal(name, value, _either(quoted))
 
 
 def flag(name: str, value: Any) -> bool:
@@ -267,12 +271,12 @@ def dtype(name: str, array: Shaped, wanted: Any) -> None:
     if isinstance(wanted, tuple):
         holds, words = array.dtype in wanted, _either([jnp.dtype(one).name for one in wanted])
     else:
-        holds, words = jnp.issubdtype(array.dtype, wanted), _KINDS[wanted]
+        holds, words = jnp.issubdtype(array.dtype, wanted), _DTYPES[wanted]
     if not holds:
         raise ValueError(f"{name} has dtype {array.dtype}; it must be {words}.")
 
 
-_KINDS = {
+_DTYPES = {
     jnp.integer: "an integer type",
     jnp.floating: "a floating-point type",
     jnp.bool_: "bool",
@@ -314,39 +318,53 @@ def fields(
     Traceback (most recent call last):
     ValueError: Grid width is 0; it must be at least 1.
     """
-    prefix = f"{type(owner).__name__} " if prefix is None else prefix
-    known = {field.name: field.type for field in dataclasses.fields(owner)}
-    if unknown := limits.keys() - known.keys():
-        raise TypeError(f"{type(owner).__name__} has no field {min(unknown)}.")
-    for name, kind in known.items():
-        settings = limits.get(name, Limits())._asdict() | ({"empty": True} if name in empty else {})
-        _typed(prefix + name, getattr(owner, name), kind, settings, optional=False)
+    cls = type(owner)
+    prefix = f"{cls.__name__} " if prefix is None else prefix
+    if unknown := limits.keys() - _checked(cls).keys():
+        raise TypeError(f"{cls.__name__} has no such number: {min(unknown)}.")
+    for name, check in _checked(cls).items():
+        check(prefix + name, getattr(owner, name), limits.get(name, _ANY), name in empty)
 
 
-def _typed(name: str, value: Any, kind: Any, limits: dict[str, Any], optional: bool) -> None:
-    """The check that an annotation asks for."""
+@functools.cache
+def _checked(cls: type) -> dict[str, Callable[[str, Any, Limits, bool], None]]:
+    """A check for each field whose annotation asks for one."""
+    found = {field.name: _check_of(field.type, optional=False) for field in dataclasses.fields(cls)}
+    return {name: check for name, check in found.items() if check is not None}
+
+
+def _check_of(kind: Any, optional: bool) -> Callable[[str, Any, Limits, bool], None] | None:
+    """The check that an annotation asks for; it is called with name, value, limits and `empty`."""
     parts, origin = get_args(kind), get_origin(kind)
     if origin in (Union, types.UnionType):
         others = [part for part in parts if part is not types.NoneType]
-        if len(others) == 1:
-            _typed(name, value, others[0], limits, optional=len(parts) > 1)
-    elif origin is Literal:
-        choice(name, value, kind, optional=optional)
-    elif origin is tuple and parts[0] in _SEQUENCES:
+        return _check_of(others[0], len(parts) > 1) if len(others) == 1 else None
+    if kind in _KINDS:
+        return lambda name, value, limits, empty: _within(
+            name, value, _KINDS[kind], limits, optional
+        )
+    if origin is tuple and parts[0] in _KINDS:
         count = None if parts[-1] is Ellipsis else len(parts)
-        _SEQUENCES[parts[0]](name, value, count=count, optional=optional, **limits)
-    elif kind is bool:
-        flag(name, value)
-    elif kind in _NUMBERS:
-        _NUMBERS[kind](name, value, optional=optional, **limits)
-    elif kind is str:
-        text(name, value, optional=optional)
-    elif isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False):
-        instance(name, value, kind, optional=optional)
+        return lambda name, value, limits, empty: _each_within(
+            name, value, _KINDS[parts[0]], limits, optional, count, empty
+        )
+    if origin is Literal:
+        return lambda name, value, limits, empty: choice(name, value, parts, optional=optional)
+    if kind is bool:
+        return lambda name, value, limits, empty: flag(name, value)
+    if kind is str:
+        return lambda name, value, limits, empty: text(name, value, optional=optional)
+    if isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False):
+        return lambda name, value, limits, empty: instance(name, value, kind, optional=optional)
+    return None
 
 
-_NUMBERS = {int: integer, float: number}
-_SEQUENCES = {int: integers, float: numbers_of}
+class _Kind(NamedTuple):
+    """A kind of number: what belongs to it, and its name for one and for many."""
+
+    holds: Callable[[Any], bool]
+    one: str
+    many: str
 
 
 def _is_integer(value: Any) -> bool:
@@ -358,33 +376,36 @@ def _is_number(value: Any) -> bool:
     return real and -math.inf < value < math.inf
 
 
-def _numeric(
-    name: str, value: Any, is_right: bool, kind: str, optional: bool, limits: Limits
-) -> Any:
-    if not _absent(value, optional):
-        # The kind is clear where only the limits do not hold.
-        words = str(limits) if is_right else ", ".join(filter(None, (kind, str(limits))))
-        require(name, value, is_right and limits.hold(value), words + _or_none(optional))
-    return value
+_ANY = Limits()
+_INTEGER = _Kind(_is_integer, "an integer", "integers")
+_NUMBER = _Kind(_is_number, "a finite number", "finite numbers")
+_KINDS = {int: _INTEGER, float: _NUMBER}
 
 
-def _sequence(
+def _within(name: str, value: Any, kind: _Kind, limits: Limits, optional: bool) -> Any:
+    is_right = kind.holds(value)
+    if (is_right and limits.hold(value)) or _absent(value, optional):
+        return value
+    # The kind is clear where only the limits do not hold.
+    words = str(limits) if is_right else ", ".join(filter(None, (kind.one, str(limits))))
+    raise _refusal(name, value, words + _or_none(optional))
+
+
+def _each_within(
     name: str,
     value: Any,
-    is_right: Callable[[Any], bool],
-    kind: str,
+    kind: _Kind,
+    limits: Limits,
+    optional: bool,
     count: int | None,
     empty: bool,
-    optional: bool,
-    limits: Limits,
 ) -> Any:
-    if not _absent(value, optional):
-        some = f"a tuple of {count or ('' if empty else 'one or more')} {kind}".replace("  ", " ")
-        each = f", each {limits}" if str(limits) else ""
-        holds = _has_length(value, count, empty) and all(map(is_right, value))
-        holds = holds and all(map(limits.hold, value))
-        require(name, value, holds, some + each + _or_none(optional))
-    return value
+    holds = _has_length(value, count, empty) and all(map(kind.holds, value))
+    if (holds and all(map(limits.hold, value))) or _absent(value, optional):
+        return value
+    number = f"{count} " if count is not None else "" if empty else "one or more "
+    each = f", each {limits}" if str(limits) else ""
+    raise _refusal(name, value, f"a tuple of {number}{kind.many}{each}{_or_none(optional)}")
 
 
 def _has_length(value: Any, count: int | None, empty: bool) -> bool:

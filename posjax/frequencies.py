@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.types import Array, Num
 
 __all__ = [
@@ -43,6 +44,8 @@ def rope_frequencies(channels: int, base: float) -> np.ndarray:
     >>> rope_frequencies(4, 10_000.0).tolist()
     [1.0, 0.01]
     """
+    checks.integer("channels", channels, low=0)
+    checks.number("base", base, above=0)
     return base ** (-np.arange(0, channels, 2) / channels)
 
 
@@ -56,11 +59,6 @@ class Scaling(abc.ABC):
         self, channels: int, base: float, length: Num[Array, "B"]
     ) -> tuple[Frequencies, float]:
         """The frequencies, and the factor for query and key."""
-
-    def _require(self, field: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            name, value = type(self).__name__, getattr(self, field)
-            raise ValueError(f"{name} {field} is {value}; it must be {wanted}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Linear(Scaling):
     factor: float = 4.0
 
     def __post_init__(self):
-        self._require("factor", self.factor >= 1, "at least 1")
+        checks.fields(self, factor=checks.at_least(1))
 
     def __call__(self, channels, base, length):
         return rope_frequencies(channels, base) / self.factor, 1.0
@@ -106,7 +104,7 @@ class NTKAware(Scaling):
     factor: float = 4.0
 
     def __post_init__(self):
-        self._require("factor", self.factor >= 1, "at least 1")
+        checks.fields(self, factor=checks.at_least(1))
 
     def __call__(self, channels, base, length):
         _require_pairs(self, channels)
@@ -138,8 +136,7 @@ class DynamicNTK(Scaling):
     reads_length: ClassVar[bool] = True
 
     def __post_init__(self):
-        self._require("factor", self.factor >= 1, "at least 1")
-        self._require("original_length", self.original_length >= 1, "at least 1")
+        checks.fields(self, factor=checks.at_least(1), original_length=checks.at_least(1))
 
     def __call__(self, channels, base, length):
         _require_pairs(self, channels)
@@ -190,13 +187,15 @@ class YaRN(Scaling):
     attention_factor: float | None = None
 
     def __post_init__(self):
-        self._require("factor", self.factor >= 1, "at least 1")
-        self._require("original_length", self.original_length >= 1, "at least 1")
-        self._require("beta_slow", self.beta_slow > 0, "above 0")
-        self._require("beta_fast", self.beta_fast > self.beta_slow, "above beta_slow")
-        self._require("ramp", self.ramp in ("dimension", "rotations"), "dimension or rotations")
-        positive = self.attention_factor is None or self.attention_factor > 0
-        self._require("attention_factor", positive, "above 0, or None")
+        checks.fields(
+            self,
+            factor=checks.at_least(1),
+            original_length=checks.at_least(1),
+            beta_slow=checks.above(0),
+            attention_factor=checks.above(0),
+        )
+        wanted = f"above beta_slow = {self.beta_slow}"
+        checks.require("YaRN beta_fast", self.beta_fast, self.beta_fast > self.beta_slow, wanted)
 
     def __call__(self, channels, base, length):
         own = rope_frequencies(channels, base)
@@ -255,14 +254,14 @@ class LongRoPE(Scaling):
     reads_length: ClassVar[bool] = True
 
     def __post_init__(self):
-        for field in ("long_factors", "short_factors"):
-            factors = getattr(self, field)
-            positive = factors is None or (bool(factors) and min(factors) > 0)
-            self._require(field, positive, "numbers above 0, or None")
-        self._require("factor", self.factor >= 1, "at least 1")
-        self._require("original_length", self.original_length >= 2, "at least 2")
-        positive = self.attention_factor is None or self.attention_factor > 0
-        self._require("attention_factor", positive, "above 0, or None")
+        checks.fields(
+            self,
+            long_factors=checks.above(0),
+            short_factors=checks.above(0),
+            factor=checks.at_least(1),
+            original_length=checks.at_least(2),
+            attention_factor=checks.above(0),
+        )
 
     def __call__(self, channels, base, length):
         own = rope_frequencies(channels, base)
@@ -278,8 +277,9 @@ class LongRoPE(Scaling):
 
     def _factors(self, field: str, pairs: int, default: float) -> np.ndarray:
         factors = getattr(self, field)
-        if factors is not None and len(factors) != pairs:
-            raise ValueError(f"LongRoPE {field} has {len(factors)} numbers for {pairs} pairs.")
+        if factors is not None:
+            wanted = f"{pairs} numbers, one for each pair"
+            checks.require(f"LongRoPE {field}", factors, len(factors) == pairs, wanted)
         return np.full(pairs, default) if factors is None else np.asarray(factors)
 
 
@@ -312,10 +312,13 @@ class Llama3(Scaling):
     high: float = 4.0
 
     def __post_init__(self):
-        self._require("factor", self.factor >= 1, "at least 1")
-        self._require("original_length", self.original_length >= 1, "at least 1")
-        self._require("low", self.low > 0, "above 0")
-        self._require("high", self.high > self.low, "above low")
+        checks.fields(
+            self,
+            factor=checks.at_least(1),
+            original_length=checks.at_least(1),
+            low=checks.above(0),
+        )
+        checks.require("Llama3 high", self.high, self.high > self.low, f"above low = {self.low}")
 
     def __call__(self, channels, base, length):
         ramp = YaRN(
@@ -330,6 +333,4 @@ class Llama3(Scaling):
 
 
 def _require_pairs(scaling: Scaling, channels: int) -> None:
-    if channels < 4:
-        name = type(scaling).__name__
-        raise ValueError(f"{name} needs at least 4 turned channels, not {channels}.")
+    checks.integer(f"number of channels that {type(scaling).__name__} turns", channels, low=4)

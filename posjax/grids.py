@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.types import Array, Num
 
 __all__ = ["grid_positions"]
@@ -29,8 +30,7 @@ def grid_positions(positions: Num[Array, "B T"], shape: tuple[int, ...]) -> Num[
     >>> grid_positions(jnp.array([[0, 4, 5, 13]]), (2, 5)).tolist()
     [[[0, 0], [0, 4], [1, 0], [2, 3]]]
     """
-    if not shape or min(shape) < 1:
-        raise ValueError(f"shape is {shape}; it must hold at least one axis, each at least 1.")
+    checks.integers("shape", shape, low=1)
     axes = []
     for axis, size in enumerate(shape):
         step = math.prod(shape[axis + 1 :])

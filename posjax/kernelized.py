@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.types import Array, Float, Num
 
 __all__ = ["KernelizedAttention", "kernelized_attention", "positive_features", "random_projection"]
@@ -29,8 +30,9 @@ def random_projection(
     >>> random_projection(jax.random.key(0), 5, 4).shape
     (5, 4)
     """
-    if features < 1 or size < 1:
-        raise ValueError(f"features is {features} and size {size}; both must be at least 1.")
+    checks.integer("features", features, low=1)
+    checks.integer("size", size, low=1)
+    checks.flag("orthogonal", orthogonal)
     directions, lengths = jax.random.split(key)
     normal = jax.random.normal(directions, (-(-features // size), size, size))
     if not orthogonal:
@@ -115,7 +117,10 @@ def kernelized_attention(
     >>> kernelized_attention(q, k, v, jnp.zeros((2, 7)), projection).shape
     (1, 4, 2, 8)
     """
-    _check(query, key, value, relative, projection, scale, implementation)
+    checks.number("scale", scale, above=0)
+    checks.flag("is_causal", is_causal)
+    checks.choice("implementation", implementation, ("fft", "reference"))
+    _check_arrays(query, key, value, relative, projection)
     groups, length = query.shape[2] // key.shape[2], query.shape[1]
     repeat = lambda x: jnp.repeat(x.astype(jnp.float32), groups, axis=2)  # noqa: E731
     unit = lambda x: _unit(x.astype(jnp.float32)) * math.sqrt(scale)  # noqa: E731
@@ -162,10 +167,8 @@ class KernelizedAttention(nn.Module):
     scale: float = 1.0
 
     def __post_init__(self):
-        for name in ("max_distance", "features"):
-            if getattr(self, name) < 1:
-                got = f"KernelizedAttention {name} is {getattr(self, name)}"
-                raise ValueError(f"{got}; it must be at least 1.")
+        one = checks.at_least(1)
+        checks.fields(self, max_distance=one, features=one, scale=checks.above(0))
         super().__post_init__()
 
     @nn.compact
@@ -229,30 +232,18 @@ def _dense(phi_query: Array, phi_key: Array, values: Array, weights: Array) -> A
     return jnp.einsum("bnts,bsne->btne", pairs, values, precision=_HIGHEST)
 
 
-def _check(query, key, value, relative, projection, scale, implementation) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4 or 0 in x.shape:
-            wanted = "[batch, length, heads, head size], none of them 0"
-            raise ValueError(f"{name} has shape {x.shape}; it must be {wanted}.")
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != query.dtype:
-            wanted = "floating-point and equal for query, key and value"
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be {wanted}.")
-    if key.shape[:3] != value.shape[:3] or key.shape[:2] != query.shape[:2]:
-        shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-        raise ValueError(f"{shapes} must have equal batch sizes and lengths, key and value heads.")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key has head size {key.shape[3]}, but query has {query.shape[3]}.")
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"key has {key.shape[2]} heads, which does not divide query's {query.shape[2]}."
-        )
-    if relative.ndim != 2 or relative.shape[0] != query.shape[2] or relative.shape[1] % 2 == 0:
-        wanted = f"[N, odd number of offsets] with N = {query.shape[2]}"
-        raise ValueError(f"relative has shape {relative.shape}; it must be {wanted}.")
-    if projection.ndim != 2 or projection.shape[1] != query.shape[3]:
-        wanted = f"[features, {query.shape[3]}]"
-        raise ValueError(f"projection has shape {projection.shape}; it must be {wanted}.")
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}; it must be greater than 0.")
-    if implementation not in ("fft", "reference"):
-        raise ValueError(f'implementation is {implementation!r}; it must be "fft" or "reference".')
+def _check_arrays(query, key, value, relative, projection) -> None:
+    checks.shape("query", query, ("batch", "length", "heads", "head size"), empty=False)
+    checks.dtype("query", query, jnp.floating)
+    batch, length, heads, size = query.shape
+    checks.shape("key", key, (batch, length, "heads", size), empty=False)
+    checks.shape("value", value, (batch, length, key.shape[2], "head size"), empty=False)
+    for name, x in (("key", key), ("value", value)):
+        checks.dtype(name, x, (query.dtype,))
+    kv_heads = key.shape[2]
+    wanted = f"a divisor of query's heads, {heads}"
+    checks.require("number of key's heads", kv_heads, heads % kv_heads == 0, wanted)
+    checks.shape("relative", relative, (heads, "offsets"))
+    offsets = relative.shape[1]
+    checks.require("number of offsets in relative", offsets, offsets % 2 == 1, "odd")
+    checks.shape("projection", projection, ("features", size))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.types import Array, Bool, Float, Int, Num
 
 __all__ = [
@@ -47,6 +48,8 @@ def sequence_positions(
     >>> sequence_positions(1, 4).tolist()
     [[0, 1, 2, 3]]
     """
+    checks.integer("batch", batch, low=0)
+    checks.integer("length", length, low=0)
     positions = jnp.arange(length, dtype=jnp.int32) + jnp.asarray(offset, jnp.int32)
     return jnp.broadcast_to(positions, (batch, length))
 
@@ -131,6 +134,8 @@ def sorted_subset(key: Array, length: int, max_length: int) -> Int[Array, "lengt
     >>> sorted_subset(jax.random.key(0), 3, 3).tolist()
     [0, 1, 2]
     """
+    checks.integer("length", length, low=0)
+    checks.integer("max_length", max_length, low=1)
     check_length(length, max_length, "sorted_subset")
     return jnp.sort(jax.random.permutation(key, max_length)[:length])
 
@@ -154,6 +159,7 @@ def random_subset_positions(
     >>> random_subset_positions(jax.random.key(0), jnp.array([[0, 1, 2, 0, 1]]), 3).shape
     (1, 5)
     """
+    checks.integer("max_length", max_length, low=1)
     drawn = jax.random.permutation(key, max_length).at[positions].get(mode="clip")
     return jax.lax.sort((_runs(positions).first, drawn), dimension=1, num_keys=2)[1]
 
@@ -171,6 +177,8 @@ def spread_positions(
     >>> spread_positions(jnp.array([[0, 1, 2, 0, 1]]), 8).tolist()
     [[0, 3, 6, 0, 4]]
     """
+    checks.integer("max_length", max_length, low=1)
+    checks.integer("length", length, low=1, optional=True)
     size = _run_lengths(positions, _runs(positions)) if length is None else length
     return positions * (max_length // size) + jnp.minimum(positions, max_length % size)
 
@@ -197,6 +205,8 @@ def skip_positions(
     >>> skip_positions(jax.random.key(0), jnp.array([[0, 1, 2]]), 3).tolist()
     [[0, 1, 2]]
     """
+    checks.integer("target_length", target_length, low=1)
+    checks.flag("shift_first", shift_first)
     runs = _runs(positions)
     length = _run_lengths(positions, runs)
     uniform = jax.random.uniform(key, (3, *positions.shape))
@@ -225,6 +235,8 @@ def interpolated_positions(
     >>> interpolated_positions(jnp.array([[0, 1, 2]]), 4, 8).tolist()
     [[0.0, 0.5, 1.0]]
     """
+    checks.number("trained_length", trained_length, above=0)
+    checks.number("target_length", target_length, above=0)
     return positions.astype(jnp.float32) * (trained_length / target_length)
 
 

@@ -252,5 +252,5 @@ def test_fields_of_a_linen_module():
 
 
 def test_limits_for_no_field_are_a_mistake_of_the_programmer():
-    with pytest.raises(TypeError, match="Settings has no field widht"):
+    with pytest.raises(TypeError, match="Settings has no such number: widht"):
         checks.fields(Settings(), widht=at_least(1))

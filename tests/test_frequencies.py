@@ -140,36 +140,3 @@ def test_a_factor_of_one_is_rope(kind):
     want = np.broadcast_to(rope_frequencies(32, BASE), np.shape(found))
     np.testing.assert_allclose(found, want, rtol=1e-6)
     assert factor == 1.0
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "words"),
-    [
-        *((kind, {"factor": 0.5}, "factor is 0.5; it must be at least 1") for kind in ALL),
-        *(
-            (kind, {"original_length": 0}, "original_length is 0; it must be at least 1")
-            for kind in (DynamicNTK, YaRN, Llama3)
-        ),
-        (LongRoPE, {"original_length": 1}, "original_length is 1; it must be at least 2"),
-        (YaRN, {"beta_slow": 0.0}, "beta_slow is 0.0; it must be above 0"),
-        (YaRN, {"beta_fast": 1.0}, "beta_fast is 1.0; it must be above beta_slow"),
-        (YaRN, {"ramp": "linear"}, "ramp is linear; it must be dimension or rotations"),
-        (YaRN, {"attention_factor": 0.0}, "attention_factor is 0.0; it must be above 0"),
-        (LongRoPE, {"attention_factor": -1.0}, "attention_factor is -1.0; it must be above 0"),
-        (LongRoPE, {"long_factors": ()}, r"long_factors is \(\); it must be numbers above 0"),
-        (LongRoPE, {"short_factors": (1.0, 0.0)}, r"short_factors is \(1.0, 0.0\)"),
-        (Llama3, {"low": 0.0}, "low is 0.0; it must be above 0"),
-        (Llama3, {"high": 1.0}, "high is 1.0; it must be above low"),
-    ],
-)
-def test_bad_settings(kind, settings, words):
-    with pytest.raises(ValueError, match=f"{kind.__name__} {words}"):
-        kind(**settings)
-
-
-def test_what_does_not_fit_the_head():
-    for kind in (NTKAware, DynamicNTK):
-        with pytest.raises(ValueError, match=f"{kind.__name__} needs at least 4 turned channels"):
-            kind()(2, BASE, LENGTHS)
-    with pytest.raises(ValueError, match="LongRoPE long_factors has 2 numbers for 4 pairs"):
-        LongRoPE(long_factors=(1.0, 2.0))(8, BASE, LENGTHS)

@@ -221,36 +221,3 @@ def test_module_has_a_bias_and_directions_of_its_seed():
     )
     np.testing.assert_allclose(out, ours, atol=1e-5)
     assert not np.allclose(out, default, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"query": jnp.ones((2, 7, 8))}, r"query has shape \(2, 7, 8\); it must be \[batch"),
-        ({"key": jnp.ones((2, 0, 2, 8))}, "key has shape"),
-        ({"key": jnp.ones((2, 7, 2, 8), jnp.bfloat16)}, "key has dtype bfloat16"),
-        ({"query": jnp.ones((2, 7, 4, 8), int)}, "query has dtype int32; it must be floating"),
-        ({"value": jnp.ones((2, 6, 2, 8))}, "must have equal batch sizes and lengths"),
-        ({"query": jnp.ones((2, 6, 4, 8))}, "must have equal batch sizes and lengths"),
-        ({"query": jnp.ones((2, 7, 4, 6))}, "key has head size 8, but query has 6"),
-        ({"query": jnp.ones((2, 7, 3, 8))}, "key has 2 heads, which does not divide query's 3"),
-        ({"relative": jnp.ones((4, 12))}, r"relative has shape \(4, 12\); it must be \[N, odd"),
-        ({"relative": jnp.ones((2, 13))}, "with N = 4"),
-        ({"projection": jnp.ones((5, 7))}, r"projection has shape \(5, 7\); .* \[features, 8\]"),
-        ({"scale": 0.0}, "scale is 0.0; it must be greater than 0"),
-        ({"implementation": "xla"}, "implementation is 'xla'"),
-    ],
-)
-def test_bad_arguments(change, words):
-    names = ("query", "key", "value", "relative", "projection")
-    arguments = dict(zip(names, inputs(), strict=True)) | change
-    with pytest.raises(ValueError, match=words):
-        kernelized_attention(**arguments)
-
-
-@pytest.mark.parametrize("name", ["max_distance", "features"])
-def test_bad_settings(name):
-    with pytest.raises(ValueError, match=f"KernelizedAttention {name} is 0; it must be at least 1"):
-        KernelizedAttention(**{name: 0})
-    with pytest.raises(ValueError, match="features is 0 and size 4"):
-        random_projection(jax.random.key(0), 0, 4)

@@ -120,7 +120,7 @@ class AbsoluteWindow(PositionEncoding):
         checks.require("AbsoluteWindow shape", self.shape, axes <= 2, "one or two sizes")
         for name in ("coarse", "window"):
             sizes = getattr(self, name)
-            wanted = f"of {axes} sizes, as shape is"
+            wanted = f"as many sizes as shape has, {axes}"
             checks.require(f"AbsoluteWindow {name}", sizes, len(sizes) == axes, wanted)
         super().__post_init__()
 

@@ -152,7 +152,7 @@ class CONFLATOR(Rotary):
             base=checks.above(1),
         )
         both = sorted(set(self.second) & set(self.neutral))
-        wanted = f"without {both}, which second has"
+        wanted = f"without {both}, which stand in second"
         checks.require("CONFLATOR neutral", self.neutral, not both, wanted)
         super().__post_init__()
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.types import Array, Bool, Float, Num
 
 __all__ = ["GraphEncoding", "prepare"]
@@ -33,7 +34,7 @@ class GraphEncoding(nn.Module):
     is_random: ClassVar[bool] = False
 
     def __post_init__(self):
-        self.at_least("width", 1)
+        checks.fields(self, width=checks.at_least(1))
         super().__post_init__()
 
     def __call__(
@@ -52,13 +53,6 @@ class GraphEncoding(nn.Module):
         """
         raise NotImplementedError
 
-    def at_least(self, name: str, least: int) -> None:
-        """Raises ValueError where the setting `name` is below `least`."""
-        value = getattr(self, name)
-        if value < least:
-            got = f"{type(self).__name__} {name} is {value}"
-            raise ValueError(f"{got}; it must be at least {least}.")
-
 
 def prepare(
     adjacency: Num[Array, "*B n n"], mask: Bool[Array, "*B n"] | None = None
@@ -72,13 +66,11 @@ def prepare(
     >>> weights.tolist()
     [[1.0, 0.0], [0.0, 0.0]]
     """
+    checks.shape("adjacency", adjacency, (..., "n", "n"), empty=False)
     shape = adjacency.shape
-    if len(shape) < 2 or shape[-1] != shape[-2] or 0 in shape:
-        raise ValueError(f"adjacency has shape {shape}; it must be [..., n, n], none of them 0.")
     if mask is None:
         mask = jnp.ones(shape[:-1], bool)
-    if mask.shape != shape[:-1] or mask.dtype != jnp.bool_:
-        got = f"mask has shape {mask.shape} and dtype {mask.dtype}"
-        raise ValueError(f"{got}; it must be {shape[:-1]} and boolean.")
+    checks.shape("mask", mask, shape[:-1])
+    checks.dtype("mask", mask, jnp.bool_)
     both = mask[..., :, None] & mask[..., None, :]
     return jnp.where(both, adjacency.astype(jnp.float32), 0), mask

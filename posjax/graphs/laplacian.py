@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.types import Array, Bool, Float, Num
 
@@ -65,6 +66,7 @@ def laplacian_eigenvectors(
     >>> values.round(5).tolist(), known.tolist()
     ([0.0, 2.0, 0.0], [True, True, False])
     """
+    checks.integer("count", count, low=1, optional=True)
     weights, mask = prepare(adjacency, mask)
     nodes = weights.shape[-1]
     count = nodes if count is None else count
@@ -116,8 +118,7 @@ class LapPE(GraphEncoding):
     is_basis_invariant: ClassVar[bool] = False
 
     def __post_init__(self):
-        self.at_least("eigenvectors", 1)
-        self.at_least("layers", 1)
+        checks.fields(self, eigenvectors=checks.at_least(1), layers=checks.at_least(1))
         super().__post_init__()
 
     @nn.compact

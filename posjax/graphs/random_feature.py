@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.graphs.laplacian import normalized_adjacency, normalized_laplacian
 from posjax.types import Array, Float
@@ -103,15 +104,7 @@ class RFP(GraphEncoding):
     is_random: ClassVar[bool] = True
 
     def __post_init__(self):
-        self.at_least("features", 1)
-        self.at_least("steps", 1)
-        choices = {
-            "operator": ("adjacency", "laplacian"),
-            "normalization": ("orthonormal", "length"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"RFP {name} is {getattr(self, name)!r}; it must be in {known}.")
+        checks.fields(self, features=checks.at_least(1), steps=checks.at_least(1))
         super().__post_init__()
 
     @nn.compact

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.types import Array, Bool, Float, Num
 
@@ -64,7 +65,7 @@ class RWSE(GraphEncoding):
     steps: int = 20
 
     def __post_init__(self):
-        self.at_least("steps", 1)
+        checks.fields(self, steps=checks.at_least(1))
         super().__post_init__()
 
     @nn.compact

@@ -5,6 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.graphs.laplacian import laplacian_eigenvectors
 from posjax.types import Array, Bool, Float
@@ -77,12 +78,8 @@ class SPE(GraphEncoding):
     eigenvectors: int | None = None
 
     def __post_init__(self):
-        for name in ("filters", "psi_layers", "psi_hidden", "phi_layers", "phi_hidden"):
-            self.at_least(name, 1)
-        if self.eigenvectors is not None:
-            self.at_least("eigenvectors", 1)
-        if self.psi not in ("mlp", "deepsets"):
-            raise ValueError(f'SPE psi is {self.psi!r}; it must be "mlp" or "deepsets".')
+        names = ("filters", "psi_layers", "psi_hidden", "phi_layers", "phi_hidden", "eigenvectors")
+        checks.fields(self, **dict.fromkeys(names, checks.at_least(1)))
         super().__post_init__()
 
     @nn.compact

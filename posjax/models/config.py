@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from posjax import checks
 from posjax.encodings.base import Sizes
 from posjax.types import Implementation
 
@@ -49,21 +50,25 @@ class TransformerConfig:
     """Implementation of attention. None: posjax chooses."""
 
     def __post_init__(self):
-        for name in ("layers", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.head_size is None and self.width % self.heads:
-            raise ValueError(
-                f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
-                "change one of them or set model.head_size."
-            )
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
-            raise ValueError(
-                f"model.kv_heads is {self.kv_heads}, which does not divide "
-                f"model.heads {self.heads}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; it must be in [0, 1).")
+        one = checks.at_least(1)
+        sizes = dict.fromkeys(("layers", "heads", "kv_heads", "width", "head_size"), one)
+        checks.fields(
+            self,
+            "model.",
+            **sizes,
+            mlp_ratio=checks.above(0),
+            dropout=checks.Limits(low=0, below=1),
+            local_window=checks.at_least(0),
+        )
+        divides = self.head_size is not None or self.width % self.heads == 0
+        wanted = f"a divisor of model.width = {self.width}, unless model.head_size is given"
+        checks.require("model.heads", self.heads, divides, wanted)
+        divides = self.heads % self.key_heads == 0
+        wanted = f"a divisor of model.heads = {self.heads}"
+        checks.require("model.kv_heads", self.kv_heads, divides, wanted)
+        hidden = round(self.mlp_ratio * self.width)
+        wanted = f"enough for a hidden channel with model.width = {self.width}"
+        checks.require("model.mlp_ratio", self.mlp_ratio, hidden >= 1, wanted)
 
     @property
     def size_of_head(self) -> int:

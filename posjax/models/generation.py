@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.models.transformer import Cache, Transformer
 from posjax.types import Array, Int, PyTree
 
@@ -11,6 +12,8 @@ __all__ = ["generate", "init_cache"]
 
 def init_cache(model: Transformer, variables: PyTree, batch: int, length: int) -> Cache:
     """An empty cache with room for `length` tokens in each of `batch` rows."""
+    checks.integer("batch", batch, low=1)
+    checks.integer("length", length, low=1)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     _, shapes = jax.eval_shape(lambda tokens: model.apply(variables, tokens, keep=True), tokens)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -38,16 +41,12 @@ def generate(
         posjax.positions.LengthError: prompt and steps together are longer than a table of the
         encoding.
     """
-    if prompt.ndim != 2 or 0 in prompt.shape:
-        raise ValueError(
-            f"prompt has shape {prompt.shape}; it must be [batch, length], neither of them 0."
-        )
-    if steps < 1 or temperature < 0:
-        raise ValueError(
-            f"steps is {steps} and temperature {temperature}; they must be >= 1 and >= 0."
-        )
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature is {temperature}; sampling needs a random key.")
+    checks.shape("prompt", prompt, ("batch", "length"), empty=False)
+    checks.dtype("prompt", prompt, jnp.integer)
+    checks.integer("steps", steps, low=1)
+    checks.number("temperature", temperature, low=0)
+    wanted = "a random key, with a temperature above 0"
+    checks.require("key", key, temperature == 0 or key is not None, wanted)
     batch, length = prompt.shape
     cache = init_cache(model, variables, batch, length + steps)
     logits, cache = model.apply(variables, prompt, cache=cache)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.stream import stream_of
 from posjax.models.config import TransformerConfig
@@ -53,6 +54,10 @@ class Transformer(nn.Module):
     config: TransformerConfig
     vocab_size: int
     encoding: PositionEncoding | None = None
+
+    def __post_init__(self):
+        checks.fields(self, vocab_size=checks.at_least(1))
+        super().__post_init__()
 
     @nn.compact
     def __call__(

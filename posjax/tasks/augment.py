@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from posjax.tasks.base import require_fraction, require_integer
+from posjax import checks
 
 __all__ = [
     "index_hints",
@@ -42,7 +42,7 @@ def random_spaces(text: str, generator: np.random.Generator, probability: float)
     >>> random_spaces("1+2", np.random.default_rng(0), 0.0)
     '1+2'
     """
-    require_fraction("probability", probability)
+    checks.number("probability", probability, low=0, high=1)
     parts = []
     for character in text:
         chance = probability
@@ -81,11 +81,10 @@ def index_hints(
     """
     _require_alphabet(alphabet)
     for number in numbers:
-        if not (number.isascii() and number.isdigit()):
-            raise ValueError(f"numbers has {number!r}; it must hold digits only.")
-        if len(number) > len(alphabet):
-            letters = f"alphabet has only {len(alphabet)} letters"
-            raise ValueError(f"numbers has one of {len(number)} digits, but {letters}.")
+        is_number = number.isascii() and number.isdigit()
+        checks.require("one of numbers", number, is_number, "digits only")
+        wanted = f"at most {len(alphabet)} digits, the letters of alphabet"
+        checks.require("one of numbers", number, len(number) <= len(alphabet), wanted)
     start = int(generator.random() * len(alphabet))
     letters = alphabet[start:] + alphabet[:start]
     return ["".join(map("".join, zip(letters, number, strict=False))) for number in numbers]
@@ -110,8 +109,8 @@ def padded(number: int, width: int) -> str:
     >>> padded(42, 5)
     '00042'
     """
-    require_integer("width", width, least=1)
-    require_integer("number", number, least=0, most=10**width - 1)
+    checks.integer("width", width, low=1)
+    checks.integer("number", number, low=0, high=10**width - 1)
     return f"{number:0{width}d}"
 
 
@@ -141,5 +140,6 @@ def read_product(question: str, answer: str) -> tuple[int, int, int]:
 
 
 def _require_alphabet(alphabet: str) -> None:
-    if not alphabet or len(set(alphabet)) < len(alphabet) or any(c.isdigit() for c in alphabet):
-        raise ValueError(f"alphabet is {alphabet!r}; it must hold different letters, no digits.")
+    differ = len(set(alphabet)) == len(alphabet) > 0
+    wanted = "different letters, none of them a digit"
+    checks.require("alphabet", alphabet, differ and not any(map(str.isdigit, alphabet)), wanted)

@@ -1,7 +1,6 @@
 """The contract of a task: vocabulary, examples addressed by index, evaluation splits, metrics."""
 
 import abc
-import numbers
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from posjax import checks
 from posjax.types import Array, Float
 
 __all__ = [
@@ -19,8 +19,6 @@ __all__ = [
     "Task",
     "Vocabulary",
     "as_batch",
-    "require_fraction",
-    "require_integer",
 ]
 
 # The arrays of one example, [T], or of a batch of them, [B, T]:
@@ -56,8 +54,7 @@ class Vocabulary:
         """
         ids = [int(i) for i in ids]
         for i in ids:
-            if not 0 <= i < self.size:
-                raise ValueError(f"ids has {i}, but tokens have ids from 0 to {self.size - 1}")
+            checks.integer("token id", i, low=0, high=self.size - 1)
         return self._join(ids)
 
     def _join(self, ids: list[int]) -> str:
@@ -98,7 +95,7 @@ class Task(abc.ABC):
     """The metric that is shown first and drawn; smaller is better."""
 
     def __post_init__(self) -> None:
-        require_integer("evaluation_seed", self.evaluation_seed, least=0, most=2**64 - 1)
+        checks.fields(self, evaluation_seed=checks.between(0, 2**64 - 1))
 
     @property
     @abc.abstractmethod
@@ -165,18 +162,15 @@ class Task(abc.ABC):
         size = 2**64
         if split != "train":
             size, seed = self._split(split).size, self.evaluation_seed
-        if not 0 <= index < size:
-            raise ValueError(f"index must be from 0 to {size - 1} in split {split!r}, got {index}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
+        checks.integer(f"index in split {split!r}", index, low=0, high=size - 1)
+        checks.integer("seed", seed, low=0, high=2**64 - 1)
         key = np.array([seed, zlib.crc32(split.encode())], np.uint64)
         counter = np.array([0, 0, 0, index], np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
     def _split(self, name: str) -> Split:
         splits = self.splits
-        if name not in splits:
-            raise ValueError(f"split must be 'train' or one of {list(splits)}, got {name!r}")
+        checks.choice("split", name, ("train", *splits))
         return splits[name]
 
 
@@ -194,17 +188,3 @@ def as_batch(
         "loss_weights": np.asarray(scored if loss is None else loss, np.float32),
         "scored": np.asarray(scored, np.bool_),
     }
-
-
-def require_integer(name: str, value: int, least: int, most: int | None = None) -> None:
-    """Raises `ValueError` unless `value` is an integer from `least` to `most`."""
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or value < least or (most is not None and value > most):
-        limit = f">= {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be an integer {limit}, got {value!r}")
-
-
-def require_fraction(name: str, value: float) -> None:
-    """Raises `ValueError` unless 0 <= `value` <= 1."""
-    if not (isinstance(value, numbers.Real) and 0 <= value <= 1):
-        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from posjax import checks
+
 __all__ = ["Corpus", "load_corpus"]
 
 # Left out of the standard library, by name:
@@ -84,15 +86,15 @@ def _named_files(path: tuple[str, ...], suffixes: tuple[str, ...]) -> list[tuple
     found: dict[Path, str] = {}
     for name in path:
         root = Path(name).expanduser()
+        exists = root.is_file() or root.is_dir()
+        checks.require("entry of path", name, exists, "a file or a folder")
         if root.is_file():
             files = [(root.name, root)]
-        elif root.is_dir():
-            files = [(n, f) for n, f in _walk(root, (".*",)) if f.name.endswith(suffixes or "")]
         else:
-            raise ValueError(f"path has {name!r}, which is no file and no folder")
-        if not any(file.stat().st_size for _, file in files):
-            ending = f" ending in {' or '.join(suffixes)}" if suffixes and root.is_dir() else ""
-            raise ValueError(f"path has {name!r}, which holds no bytes in files{ending}")
+            files = [(n, f) for n, f in _walk(root, (".*",)) if f.name.endswith(suffixes or "")]
+        ending = f" ending in {' or '.join(suffixes)}" if suffixes and root.is_dir() else ""
+        has_bytes = any(file.stat().st_size for _, file in files)
+        checks.require("entry of path", name, has_bytes, f"one with bytes in files{ending}")
         for relative, file in files:
             found.setdefault(file.resolve(), relative)
     return _by_hash((relative, file) for file, relative in found.items())

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from posjax.tasks.base import Batch, Task, require_integer
+from posjax import checks
+from posjax.tasks.base import Batch, Task
 
 __all__ = ["split_batches", "train_dataset"]
 
@@ -55,11 +56,11 @@ def train_dataset(
     >>> next(iter(dataset))["inputs"].shape
     (4, 8)
     """
-    require_integer("batch_size", batch_size, least=1)
-    require_integer("process_count", process_count, least=1)
-    require_integer("process_index", process_index, least=0, most=process_count - 1)
-    if batch_size % process_count:
-        raise ValueError(f"process_count={process_count} does not divide batch_size={batch_size}")
+    checks.integer("batch_size", batch_size, low=1)
+    checks.integer("process_count", process_count, low=1)
+    checks.integer("process_index", process_index, low=0, high=process_count - 1)
+    wanted = f"a multiple of process_count = {process_count}"
+    checks.require("batch_size", batch_size, batch_size % process_count == 0, wanted)
     task.example(0, seed=seed)  # What cannot be read is reported here, not from a thread.
     rows = batch_size // process_count
     example = _Example(task, seed, process_index * rows, rows, batch_size)
@@ -82,11 +83,9 @@ def split_batches(
     Raises:
         ValueError: no such split, or numbers below 1.
     """
-    require_integer("batch_size", batch_size, least=1)
-    if limit is not None:
-        require_integer("limit", limit, least=1)
-    if split not in task.splits:
-        raise ValueError(f"split must be one of {list(task.splits)}, got {split!r}")
+    checks.integer("batch_size", batch_size, low=1)
+    checks.integer("limit", limit, low=1, optional=True)
+    checks.choice("split", split, task.splits)
     size = min(task.splits[split].size, limit or task.splits[split].size)
     return _batches(task, split, size, batch_size)
 

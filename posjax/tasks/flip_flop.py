@@ -5,14 +5,13 @@ from typing import Literal
 
 import numpy as np
 
+from posjax import checks
 from posjax.tasks.base import (
     Batch,
     Split,
     Task,
     Vocabulary,
     as_batch,
-    require_fraction,
-    require_integer,
 )
 
 __all__ = ["FlipFlop"]
@@ -59,15 +58,15 @@ class FlipFlop(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("length", self.length, least=4)
-        if self.length % 2:
-            raise ValueError(f"length must be even, two tokens an instruction, got {self.length}")
-        require_fraction("p_ignore", self.p_ignore)
-        require_fraction("sparse_p_ignore", self.sparse_p_ignore)
-        require_fraction("dense_p_ignore", self.dense_p_ignore)
-        if self.loss not in ("clean", "full"):
-            raise ValueError(f"loss must be 'clean' or 'full', got {self.loss!r}")
-        require_integer("examples", self.examples, least=1)
+        share = checks.between(0, 1)
+        checks.fields(
+            self,
+            length=checks.Limits(low=4, multiple_of=2),
+            p_ignore=share,
+            sparse_p_ignore=share,
+            dense_p_ignore=share,
+            examples=checks.at_least(1),
+        )
 
     @property
     def vocabulary(self) -> Vocabulary:

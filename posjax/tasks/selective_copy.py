@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from posjax.tasks.base import Batch, Split, Task, Vocabulary, as_batch, require_integer
+from posjax import checks
+from posjax.tasks.base import Batch, Split, Task, Vocabulary, as_batch
 
 __all__ = ["SelectiveCopy"]
 
@@ -50,12 +51,16 @@ class SelectiveCopy(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("symbols", self.symbols, least=1)
-        require_integer("alphabet", self.alphabet, least=2)
-        require_integer("blanks", self.blanks, least=0)
-        require_integer("dense_blanks", self.dense_blanks, least=0)
-        require_integer("sparse_blanks", self.sparse_blanks, least=0)
-        require_integer("examples", self.examples, least=1)
+        zero, one = checks.at_least(0), checks.at_least(1)
+        checks.fields(
+            self,
+            symbols=one,
+            alphabet=checks.at_least(2),
+            blanks=zero,
+            dense_blanks=zero,
+            sparse_blanks=zero,
+            examples=one,
+        )
 
     @property
     def vocabulary(self) -> Vocabulary:

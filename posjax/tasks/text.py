@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.tasks.base import Batch, Metrics, Split, Task, Vocabulary, as_batch, require_integer
+from posjax import checks
+from posjax.tasks.base import Batch, Metrics, Split, Task, Vocabulary, as_batch
 from posjax.tasks.corpus import Corpus, load_corpus
 from posjax.tasks.trigram import Trigram
 from posjax.types import Array, Float
@@ -63,18 +64,16 @@ class Text(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        checks.fields(
+            self,
+            length=checks.Limits(low=2, multiple_of=2),
+            validation_fraction=checks.Limits(above=0, below=1),
+        )
         for name in ("path", "suffixes"):
             value = getattr(self, name)
-            if not isinstance(value, tuple) or not all(isinstance(v, str) and v for v in value):
-                raise ValueError(f"{name} must be a tuple of strings, got {value!r}")
-        require_integer("length", self.length, least=2)
-        if self.length % 2:
-            raise ValueError(f"length must be even, as 1.5 times it is used, got {self.length}")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction must lie between 0 and 1, got {self.validation_fraction!r}"
-            )
-        require_integer("validation_bytes", self.validation_bytes, least=self._longest + 1)
+            are_names = isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
+            checks.require(f"Text {name}", value, are_names, "a tuple of strings, none empty")
+        checks.integer("Text validation_bytes", self.validation_bytes, low=self._longest + 1)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -144,11 +143,9 @@ class Text(Task):
         return corpus
 
     def _check_size(self, part: str, size: int, window: int) -> None:
-        if size < window + 1:
-            raise ValueError(
-                f"path={self.path!r} gives {size} {part} bytes, but length={self.length} needs at "
-                f"least {window + 1}: give more text, or a smaller length"
-            )
+        name = f"number of {part} bytes in path {self.path!r}"
+        wanted = f"above {window} with length = {self.length}: give more text, or a smaller length"
+        checks.require(name, size, size > window, wanted)
 
     @property
     def _validation(self) -> np.ndarray:

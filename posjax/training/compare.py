@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posjax import checks
 from posjax.encodings import registry
 from posjax.training.config import Config, as_json
 from posjax.training.figures import draw_bars, draw_losses
@@ -84,8 +85,8 @@ def _members(
 
 
 def _check_unique(name: str, values: Sequence[Any]) -> None:
-    if not values or len(set(values)) != len(values):
-        raise ValueError(f"{name} must name at least one and none twice, got {list(values)}")
+    differ = len(set(values)) == len(values) > 0
+    checks.require(name, list(values), differ, "one or more, none of them twice")
 
 
 def _check_folder(directory: Path, members: dict[Any, Config], resume: bool) -> None:

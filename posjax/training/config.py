@@ -5,15 +5,14 @@ used.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from posjax.encodings import PositionEncoding
-    from posjax.models import TransformerConfig
-    from posjax.tasks import Task
+from posjax import checks
+from posjax.encodings.base import PositionEncoding
+from posjax.models.config import TransformerConfig
+from posjax.tasks.base import Task
 
 __all__ = ["Config", "MeshConfig", "OptimizerConfig", "TrainConfig", "as_json", "differences"]
 
@@ -61,17 +60,20 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _require(self, "learning_rate", self.learning_rate > 0, "above 0")
-        _require_choice(self, "schedule", ("cosine", "linear", "constant"))
-        _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
-        _require(self, "final_fraction", 0 <= self.final_fraction <= 1, "from 0 to 1")
-        _require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
-        _require(self, "b1", 0 <= self.b1 < 1, "from 0 to below 1")
-        _require(self, "b2", 0 <= self.b2 < 1, "from 0 to below 1")
-        _require(self, "eps", self.eps > 0, "above 0")
-        _require(self, "clip_norm", self.clip_norm >= 0, "at least 0")
-        multiplier = self.encoding_learning_rate_multiplier
-        _require(self, "encoding_learning_rate_multiplier", multiplier >= 0, "at least 0")
+        zero, decay = checks.at_least(0), checks.Limits(low=0, below=1)
+        checks.fields(
+            self,
+            "optimizer.",
+            learning_rate=checks.above(0),
+            warmup_steps=zero,
+            final_fraction=checks.between(0, 1),
+            weight_decay=zero,
+            b1=decay,
+            b2=decay,
+            eps=checks.above(0),
+            clip_norm=zero,
+            encoding_learning_rate_multiplier=zero,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for item in dataclasses.fields(self):
-            least = 0 if item.name == "evaluate_every" else 1
-            value = getattr(self, item.name)
-            _require(
-                self, item.name, isinstance(value, int) and value >= least, f"at least {least}"
-            )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"train.accumulate={self.accumulate} does not divide "
-                f"train.batch_size={self.batch_size}"
-            )
+        limits = {item.name: checks.at_least(1) for item in dataclasses.fields(self)}
+        checks.fields(self, "train.", **limits | {"evaluate_every": checks.at_least(0)})
+        divides = self.batch_size % self.accumulate == 0
+        wanted = f"a divisor of train.batch_size = {self.batch_size}"
+        checks.require("train.accumulate", self.accumulate, divides, wanted)
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,8 @@ class MeshConfig:
         """Checks the ranges."""
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            _require(self, item.name, value == -1 or value >= 1, "-1 or at least 1")
+            checks.integer(f"mesh.{item.name}", value, low=-1)
+            checks.require(f"mesh.{item.name}", value, value != 0, "-1 or at least 1")
             if item.name != "data" and value != 1:
                 raise NotImplementedError(
                     f"mesh.{item.name}={value} is not possible yet; use mesh.{item.name}=1 and "
@@ -154,11 +151,11 @@ class Config:
 
     name: str
     """Name of the run, and of its folder."""
-    task: "Task"
+    task: Task
     """What is trained and how it is scored."""
-    model: "TransformerConfig"
+    model: TransformerConfig
     """Sizes and parts of the transformer."""
-    encoding: "PositionEncoding | None"
+    encoding: PositionEncoding | None
     """The position encoding; None for none at all."""
     train: TrainConfig
     """How long to train, on how much."""
@@ -173,30 +170,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks the name and the seed."""
-        if not self.name or self.name != self.name.strip() or set(self.name) & set("/\\\0"):
-            raise ValueError(
-                f"name must be the name of a folder, without slashes, got {self.name!r}"
-            )
-        if self.name in (".", ".."):
-            raise ValueError(f"name must be the name of a folder, got {self.name!r}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
-
-
-_SECTIONS = {OptimizerConfig: "optimizer.", TrainConfig: "train.", MeshConfig: "mesh."}
-
-
-def _require(owner: Any, name: str, holds: bool, text: str) -> None:
-    value = getattr(owner, name)
-    if not holds or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{_SECTIONS[type(owner)]}{name} must be {text}, got {value!r}")
-
-
-def _require_choice(owner: Any, name: str, choices: tuple[str, ...]) -> None:
-    if getattr(owner, name) not in choices:
-        raise ValueError(
-            f"{_SECTIONS[type(owner)]}{name} must be one of {choices}, got {getattr(owner, name)!r}"
-        )
+        checks.fields(self, "", seed=checks.between(0, 2**32 - 1))
+        is_one = self.name == self.name.strip() and not set(self.name) & set("/\\\0")
+        is_folder = is_one and self.name not in ("", ".", "..")
+        checks.require("name", self.name, is_folder, "the name of a folder, without slashes")
 
 
 def as_json(value: Any) -> Any:

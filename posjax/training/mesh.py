@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from posjax import checks
 from posjax.tasks import Batch
 from posjax.training.config import MeshConfig, TrainConfig
 
@@ -20,13 +21,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     devices = jax.devices()
     data = len(devices) if config.data == -1 else config.data
-    if data > len(devices):
-        raise ValueError(f"mesh.data={data}, but there are {len(devices)} devices")
-    if data < len(devices) and jax.process_count() > 1:
-        raise ValueError(
-            f"mesh.data={data}, but {jax.process_count()} processes have {len(devices)} devices; "
-            "use -1"
-        )
+    wanted = f"at most {len(devices)}, the number of devices"
+    checks.require("mesh.data", data, data <= len(devices), wanted)
+    fits = data == len(devices) or jax.process_count() == 1
+    wanted = f"-1, for all {len(devices)} devices of {jax.process_count()} processes"
+    checks.require("mesh.data", data, fits, wanted)
     shape = (data, config.fsdp, config.tensor, config.context)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:data])
 
@@ -40,11 +39,8 @@ def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
         "train.evaluation_batch_size": config.evaluation_batch_size,
     }
     for name, size in parts.items():
-        if size % data:
-            raise ValueError(
-                f"{name}={size} does not divide over mesh.data={data} devices; "
-                f"change it, or give a --mesh.data that divides it"
-            )
+        wanted = f"a multiple of the number of devices (--mesh.data), {data}"
+        checks.require(name, size, size % data == 0, wanted)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

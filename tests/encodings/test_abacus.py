@@ -112,18 +112,3 @@ def test_starts_with_the_deviation_asked_for():
     table = params["params"]["table"]
     assert (table.shape, table.dtype) == ((1024, 32), jnp.float32)
     np.testing.assert_allclose(jnp.std(table), 0.1, rtol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"digits": ()}, r"digits is \(\); it must be token ids, at least one"),
-        ({"digits": (1, -1)}, r"digits is \(1, -1\)"),
-        ({"max_offset": -1}, "max_offset is -1; it must be 0 or more"),
-        ({"max_length": 100}, "max_length is 100; it must be at least max_offset \\+ 2 = 101"),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Abacus(**settings)

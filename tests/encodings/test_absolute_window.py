@@ -119,21 +119,3 @@ def test_beyond_the_last_place_is_refused_or_nan():
         jax.jit(lambda p: embed(GRID, TABLES, p))(jnp.zeros((1, 97), jnp.int32))
     out = jax.jit(lambda p: embed(GRID, TABLES, p))(jnp.array([[95, 96]]))
     assert np.isfinite(out[0, 0]).all() and np.isnan(out[0, 1]).all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"shape": ()}, r"shape is \(\); it must hold one or two sizes"),
-        ({"shape": (2, 2, 2)}, "must hold one or two sizes"),
-        ({"window": (0,)}, r"window is \(0,\); it must hold"),
-        (
-            {"coarse": (4, 4)},
-            r"coarse is \(4, 4\) and shape \(1024,\); they must have equally many",
-        ),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        AbsoluteWindow(**settings)

@@ -114,14 +114,3 @@ def test_fractional_positions():
     np.testing.assert_allclose(
         bias_of(1, places, places)[0, 0] * -256, [[0, 0.25, 2.5], [0.25, 0, 2.25], [2.5, 2.25, 0]]
     )
-
-
-@pytest.mark.parametrize("bonus", [-0.5, float("inf"), float("nan")])
-def test_bad_settings(bonus):
-    with pytest.raises(ValueError, match=f"ALiBi left_bonus is {bonus}; it must be 0 or more"):
-        ALiBi(left_bonus=bonus)
-
-
-def test_heads_must_be_there():
-    with pytest.raises(ValueError, match="heads is 0; it must be at least 1"):
-        alibi_slopes(0)

@@ -103,19 +103,6 @@ def test_in_the_first_row_half_of_the_channels_stay():
     )
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"width": 0}, "width is 0; it must be at least 1"),
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-        ({"layout": "x"}, "layout is 'x'; it must be \"half\" or"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"AxialRoPE {words}"):
-        AxialRoPE(**settings)
-
-
 @pytest.mark.parametrize(("size", "axes"), [(6, 2), (8, 3), (3, 1)])
 def test_each_axis_needs_its_pairs(size, axes):
     words = f"head size is {size}; {axes} axes of pairs need a multiple of {2 * axes}"

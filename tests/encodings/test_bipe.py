@@ -3,7 +3,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from posjax.encodings import Abacus, BiPE, Combine, RoPE
 from posjax.encodings.base import Side
@@ -91,19 +90,3 @@ def test_the_start():
     )
     assert jax.tree.map(jnp.shape, variables) == {"params": {"table": (1024, 300)}}
     np.testing.assert_allclose(jnp.std(variables["params"]["table"]), 0.3, rtol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"separators": ()}, r"separators is \(\); it must be token ids"),
-        ({"separators": (-1,)}, r"separators is \(-1,\)"),
-        ({"num_places": 0}, "num_places is 0; it must be at least 1"),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-        ({"bias_factor": 0.0}, "bias_factor is 0.0; it must be above 0"),
-        ({"encoding": None}, "BiPE encoding is None; it must be a PositionEncoding"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        BiPE(**settings)

@@ -135,19 +135,6 @@ def test_one_causal_part_makes_it_causal():
     assert Combine((RoPE(), CoPE())).is_causal_only
 
 
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ((), r"encodings is \(\); it must hold at least one"),
-        ((RoPE(), None), r"encodings\[1\] is None; it must be a PositionEncoding"),
-        (("rope",), r"encodings\[0\] is 'rope'"),
-    ],
-)
-def test_bad_settings(parts, words):
-    with pytest.raises(ValueError, match=words):
-        Combine(parts)
-
-
 def test_at_most_one_part_carries_a_state():
     state = TAPE().apply({}, PLACES, SIZES, method="init_state")
     values = Combine((RoPE(), TAPE())).apply({}, (None, state), method="extra_values")

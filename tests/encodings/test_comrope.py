@@ -232,26 +232,6 @@ def test_far_positions_are_finite():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kind": "ap"}, 'kind is \'ap\'; it must be "axial" or "linear"'),
-        ({"block_size": 1}, "block_size is 1; it must be at least 2"),
-        ({"grid": ()}, r"grid is \(\); it must hold sizes of at least 1"),
-        ({"grid": (3, 0)}, r"grid is \(3, 0\)"),
-        ({"start": "rope"}, "start is 'rope'; it must be \"normal\" or"),
-        ({"start": "spectrum", "grid": (2, 2)}, r'"spectrum"; it needs grid=None'),
-        ({"start": "spectrum", "block_size": 3}, "not grid=None and block_size=3"),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match="ComRoPE") as caught:
-        ComRoPE(**settings)
-    caught.match(words)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
         ({"block_size": 3}, "a multiple of block_size=3, but the head size is 8"),
         ({"grid": (2, 2, 2)}, "a multiple of 3 x block_size=2, but the head size is 8"),
     ],

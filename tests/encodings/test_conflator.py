@@ -114,19 +114,3 @@ def test_turns_as_rope_by_its_indices():
     for a, b in zip(ours, rope, strict=True):
         np.testing.assert_array_equal(a, b)
     assert CONFLATOR.flip() == CONFLATOR(rule="flip")
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"second": (-1,)}, r"second is \(-1,\); it must be token ids"),
-        ({"neutral": (3, -2)}, r"neutral is \(3, -2\)"),
-        ({"second": (5, 6), "neutral": (7, 6)}, "neutral has 6 in second, too"),
-        ({"rule": "restart"}, "rule is 'restart'; it must be \"reset\" or"),
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-        ({"layout": "x"}, "layout is 'x'; it must be \"half\" or"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"CONFLATOR {words}"):
-        CONFLATOR(**settings)

@@ -122,19 +122,3 @@ def test_one_network_for_all_layers_or_one_in_each():
     assert sum(x.size for x in jax.tree.leaves(variables)) == 64 + 33 * 2 + 2
     two = FIRE.two_hidden().init(jax.random.key(0), side, side, method="bias")
     assert two["params"]["kernel_1"].shape == (32, 32)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"hidden_layers": 0}, "hidden_layers is 0; it must be at least 1"),
-        ({"hidden_width": 0}, "hidden_width is 0; it must be at least 1"),
-        ({"initial_c": 0.0}, "initial_c is 0.0; it must be above 0 and finite"),
-        ({"initial_threshold": -1.0}, "initial_threshold is -1.0; it must be above 0"),
-        ({"initial_threshold": float("nan")}, "initial_threshold is nan; it must be above 0"),
-        ({"normaliser": "key"}, 'normaliser is \'key\'; it must be "query" or "larger"'),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"FIRE {words}"):
-        FIRE(**settings)

@@ -77,20 +77,6 @@ def test_a_gate_of_zero_separates_and_gates_of_one_are_nope():
     np.testing.assert_allclose(shut[:, 2:], alone, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"gate": "open"}, "gate is 'open'; it must be \"full\""),
-        ({"decay_times": (0.0, 1.0)}, r"decay_times is \(0.0, 1.0\)"),
-        ({"decay_times": (3.0, 1.0)}, r"decay_times is \(3.0, 1.0\)"),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Forgetting(**settings)
-
-
 def test_bad_gates():
     q = jnp.ones((1, 3, 2, 4))
     with pytest.raises(

@@ -117,22 +117,3 @@ def test_dividing_places_and_length_changes_nothing():
 def test_groups_must_divide_the_width():
     with pytest.raises(ValueError, match="groups is 2 and the width 7; groups must divide it"):
         ENCODINGS[2].init(jax.random.key(0), X[..., :7], PLACES, method="embed")
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"features": 7}, "features is 7; it must be even"),
-        ({"features": 0}, "features is 0; it must be even and at least 2"),
-        ({"hidden": 0}, "hidden is 0; it must be at least 1"),
-        ({"gamma": 0.0}, "gamma is 0.0; it must be greater than 0"),
-        ({"length": -1.0}, "length is -1.0; it must be greater than 0"),
-        ({"grid": ()}, r"grid is \(\); it must be None or sizes"),
-        ({"grid": (3, 0)}, "must be None or sizes of at least 1"),
-        ({"groups": 2}, "groups is 2; it must be a divisor of the 1 coordinates"),
-        ({"groups": 3, "grid": (2, 2)}, "divisor of the 2 coordinates"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"Fourier .*{words}"):
-        Fourier(**settings)

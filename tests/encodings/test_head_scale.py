@@ -79,15 +79,3 @@ def test_joins_other_encodings():
     query, key = encoding.apply(variables, Side(X, places), Side(X, places), method="rotate")
     np.testing.assert_allclose(query, 2 * rotate(X, PLACES), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(key, rotate(X, PLACES))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"lower_bound": 0.0}, "lower_bound is 0.0; it must be above 0"),
-        ({"initial": 0.9}, "initial is 0.9; it must be at least lower_bound = 1.0"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        HeadScale(**settings)

@@ -128,16 +128,3 @@ def test_further_distances_have_the_last_row_or_are_refused(method):
     compiled = np.asarray(run(strict, params, far))
     distance = np.abs(far[0, :, None] - far[0, None, :])
     np.testing.assert_array_equal(np.isnan(compiled[0, 0]), distance > FAR)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"method": 5}, "method is 5; it must be 1, 2, 3 or 4"),
-        ({"max_distance": 0}, "max_distance is 0; it must be at least 1"),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"Huang {words}"):
-        Huang(**settings)

@@ -114,19 +114,3 @@ def test_the_table_ends_where_the_squeezed_positions_end():
     assert learned.beyond == "raises"
     with pytest.raises(LengthError):
         learned.apply(variables, jnp.zeros((1, 5, 1)), indices_of(learned), method="embed")
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"trained_length": 0}, "trained_length is 0; it must be at least 1"),
-        (
-            {"target_length": 2047},
-            "target_length is 2047; it must be at least trained_length = 2048",
-        ),
-        ({"encoding": None}, "Interpolated encoding is None; it must be a PositionEncoding"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Interpolated(**settings)

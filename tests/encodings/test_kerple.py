@@ -131,9 +131,3 @@ def test_one_pair_for_all_layers_or_one_in_each():
     variables = own.init(jax.random.key(0), side, side, method="bias")
     assert jax.tree.map(jnp.shape, variables) == {"params": {"r1": (2,), "r2": (2,)}}
     assert KERPLE.power() == KERPLE(kind="power")
-
-
-@pytest.mark.parametrize("field", ["kind", "positivity"])
-def test_bad_settings(field):
-    with pytest.raises(ValueError, match=f"KERPLE {field} is 'exp'; it must be one of"):
-        KERPLE(**{field: "exp"})

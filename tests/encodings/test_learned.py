@@ -119,16 +119,3 @@ def test_a_fraction_outside_is_refused_or_nan(position):
         lookup(TABLE, places)
     out = jax.jit(lookup)(TABLE, places)
     assert np.isnan(out[0, 1]).all() and np.isfinite(out[0, 0]).all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
-        ({"initial_deviation": -0.1}, "initial_deviation is -0.1; it must be 0 or more"),
-        ({"interpolate_to": 1024}, "interpolate_to is 1024; it must exceed max_length, 1024"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Learned(**settings)

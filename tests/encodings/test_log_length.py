@@ -50,15 +50,3 @@ def test_computes_in_float32_and_keeps_the_dtype():
     )
     assert query.dtype == jnp.bfloat16
     np.testing.assert_array_equal(query, exact.astype(jnp.bfloat16))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"trained_length": 1}, "trained_length is 1; it must be at least 2"),
-        ({"minimum": -1.0}, "minimum is -1.0; it must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        LogLength(**settings)

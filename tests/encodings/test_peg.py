@@ -165,21 +165,6 @@ def test_bfloat16_is_summed_in_float32():
     np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"kernel_size": 0}, "kernel_size is 0; it must be at least 1"),
-        ({"kernel_size": 4, "grid": (2, 2)}, "kernel_size is 4; it must be at least 1, and odd"),
-        ({"block": -1}, "block is -1; it must be 0 or more"),
-        ({"grid": (3,)}, r"grid is \(3,\); it must be \(height, width\)"),
-        ({"grid": (3, 0)}, r"grid is \(3, 0\)"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"PEG {words}"):
-        PEG(**settings)
-
-
 @pytest.mark.parametrize("wrapped", [lambda e: e, lambda e: Combine((RoPE(), e)), Temperature])
 def test_a_causal_model_refuses_a_grid(wrapped):
     model = Transformer(

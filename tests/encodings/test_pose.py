@@ -83,15 +83,3 @@ def test_official_arithmetic():
     keys = jax.random.split(jax.random.key(0), 2000)
     skip = jax.jit(jax.vmap(lambda key: skip_positions(key, PLACES[:1], target)[0]))
     assert {tuple(row) for row in skip(keys).tolist()} == official
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"target_length": 0}, "PoSE target_length is 0; it must be at least 1"),
-        ({"encoding": "rope"}, "PoSE encoding is 'rope'; it must be a PositionEncoding"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        PoSE(**settings)

@@ -175,20 +175,3 @@ def test_parts_of_a_combination_keep_their_carries():
     second, _ = call(TOKENS[:, 2:], PLACES[:, 2:], carry)
     joined = jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=1), first, second)
     jax.tree.map(np.testing.assert_array_equal, joined, whole)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"max_length": 0}, "max_length is 0; it must be at least 1"),
-        ({"draws": 0}, "draws is 0; it must be at least 1"),
-        ({"draw": 1}, "draw is 1; it must be from 0 to draws - 1 = 0"),
-        ({"evaluation": "none"}, 'evaluation is \'none\'; it must be "random", "spread"'),
-        ({"evaluation_length": 0}, "evaluation_length is 0; it must be None, or from 1"),
-        ({"evaluation_length": 9, "max_length": 8}, "evaluation_length is 9; .* = 8"),
-        ({"encoding": None}, "Randomized encoding is None; it must be a PositionEncoding"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Randomized(**settings)

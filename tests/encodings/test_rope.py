@@ -261,18 +261,3 @@ def test_published_settings():
 def test_channels_must_come_in_pairs(size, fraction, channels):
     with pytest.raises(ValueError, match=f"head size {size} is {channels} channels"):
         rotate(jnp.ones((1, 1, 1, size)), jnp.array([[1]]), fraction=fraction)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-        ({"fraction": 0.0}, "fraction is 0.0; it must be above 0, at most 1"),
-        ({"fraction": 1.5}, "fraction is 1.5"),
-        ({"scaling": 4.0}, r"scaling is 4.0; it must be one of posjax.frequencies"),
-        ({"layout": "concatenated"}, "layout is 'concatenated'; it must be \"half\" or"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        RoPE(**settings)

@@ -68,16 +68,3 @@ def test_is_greatest_at_the_query_and_falls_far_beyond():
 def test_has_no_parameters():
     side = Side(jnp.ones((1, 3, 2, 4)), jnp.arange(3)[None])
     assert Sandwich().init(jax.random.key(0), side, side, method="bias") == {}
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"width": 0}, "width is 0; it must be even and at least 2"),
-        ({"width": 7}, "width is 7; it must be even and at least 2"),
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"Sandwich {words}"):
-        Sandwich(**settings)

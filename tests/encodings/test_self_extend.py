@@ -169,19 +169,3 @@ def test_descriptions_that_do_not_fit(changes, words):
         dot_product_attention(x, x, x, GroupedBias(**fields | changes), is_causal=True)
     with pytest.raises(ValueError, match="needs is_causal=True"):
         dot_product_attention(x, x, x, GroupedBias(**fields))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"group": 0}, "group is 0; it must be at least 1"),
-        ({"window": 1020}, "window is 1020; it must be a multiple of group = 8"),
-        ({"window": 0}, "window is 0; it must be a multiple"),
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-        ({"fraction": 0.0}, "fraction is 0.0; it must be above 0"),
-        ({"layout": "split"}, "SelfExtend layout is 'split'"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        SelfExtend(**settings)

@@ -116,8 +116,3 @@ def test_initial_values(per_head):
         np.testing.assert_allclose(jnp.std(table), bound / 3**0.5, rtol=0.02)
     keys = Shaw.keys().init(jax.random.key(0), side, side, method="bias")
     assert jax.tree.map(jnp.shape, keys) == {"params": {"key_table": (33, 64)}}
-
-
-def test_bad_settings():
-    with pytest.raises(ValueError, match="Shaw max_distance is 0; it must be at least 1"):
-        Shaw(max_distance=0)

@@ -119,18 +119,3 @@ def test_fractions_lie_between():
 def test_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="width is 7; it must be even"):
         embed(Sinusoidal(), jnp.zeros((1, 1, 7)), jnp.zeros((1, 1), jnp.int32))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-        ({"base": float("nan")}, "base is nan"),
-        ({"layout": "half"}, 'layout is \'half\'; it must be "interleaved" or "concatenated"'),
-        ({"scale": 0.0}, "scale is 0.0; it must be greater than 0"),
-        ({"scale": 0.0, "train_scale": True}, "scale is 0.0"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Sinusoidal(**settings)

@@ -140,19 +140,3 @@ def test_one_table_for_all_layers_or_one_in_each():
     variables = own.init(jax.random.key(0), side, side, method="bias")
     assert jax.tree.map(jnp.shape, variables) == {"params": {"table": (500, 2)}}
     np.testing.assert_allclose(jnp.std(variables["params"]["table"]), 0.3, rtol=0.1)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"num_buckets": 1}, "num_buckets is 1; it must be at least 2"),
-        ({"num_buckets": 2, "bidirectional": True}, "num_buckets is 2; it must be an even number"),
-        ({"num_buckets": 9, "bidirectional": True}, "num_buckets is 9; it must be an even number"),
-        ({"max_distance": 16}, "max_distance is 16; it must exceed 16"),
-        ({"max_distance": 8, "bidirectional": True}, "max_distance is 8; it must exceed 8"),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        T5(**settings)

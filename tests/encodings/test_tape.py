@@ -124,19 +124,6 @@ def test_training_shifts_the_whole_batch_by_one_number():
     np.testing.assert_array_equal(draw(0, max_shift=0), PLACES)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"size": 0}, "size is 0; it must be at least 1"),
-        ({"max_shift": -1}, "max_shift is -1; it must be 0 or more"),
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        TAPE(**settings)
-
-
 def test_an_odd_head_is_refused():
     with pytest.raises(ValueError, match="head_size is 7"):
         rotary_state(PLACES, 1, 7)

@@ -182,15 +182,3 @@ def test_factors_are_positive(field):
     bias = ScaledBias(ArrayBias(jnp.zeros((1, 1, 13, 13))), **{"factor": 1.0} | {field: 0.0})
     with pytest.raises(ValueError, match=f"ScaledBias.{field} is 0.0; it must be above 0"):
         dot_product_attention(X, Y, Z, bias, is_causal=True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-        ({"encoding": None}, "Temperature encoding is None; it must be a PositionEncoding"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Temperature(**settings)

@@ -155,20 +155,6 @@ def test_biases_of_all_layers_or_in_each():
     assert set(own["params"]) == {"kernel"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"width": 0}, "width is 0; it must be even and at least 2, or None"),
-        ({"width": 5}, "width is 5; it must be even and at least 2, or None"),
-        ({"base": 1.0}, "base is 1.0; it must be greater than 1"),
-        ({"initial_deviation": -1.0}, "initial_deviation is -1.0; it must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"TransformerXL {words}"):
-        TransformerXL(**settings)
-
-
 def test_an_odd_model_width_needs_a_width():
     side = Side(jnp.ones((1, 2, 1, 3)), PLACES[:, :2])
     with pytest.raises(ValueError, match=r"width is N \* H = 3 here; set an even `width`"):

@@ -140,9 +140,3 @@ def test_signs_are_random_in_training_only():
     still = run(True, jax.random.key(0))
     np.testing.assert_array_equal(still, run(True, jax.random.key(1)))
     assert len(set(still[:, 0].tolist())) == 1
-
-
-@pytest.mark.parametrize("name", ["eigenvectors", "layers"])
-def test_bad_settings(name):
-    with pytest.raises(ValueError, match=f"LapPE {name} is 0; it must be at least 1"):
-        LapPE(**{name: 0})

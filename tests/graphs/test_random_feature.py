@@ -101,17 +101,3 @@ def test_padding_stays_out_of_the_trajectory():
     assert not out[3:].any()
     first = out[:3] - 1  # 4 columns on 3 nodes: orthonormal, and one left over
     np.testing.assert_allclose(first.T @ first, jnp.diag(jnp.array([1, 1, 1, 0])), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"features": 0}, "features is 0; it must be at least 1"),
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"operator": "walk"}, r"operator is 'walk'; it must be in \('adjacency', 'laplacian'\)"),
-        ({"normalization": "l2"}, r"normalization is 'l2'; it must be in"),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"RFP {words}"):
-        RFP(**settings)

@@ -91,8 +91,3 @@ def test_gradients_reach_the_weights_of_edges():
     step = 1e-2
     want = (loss(graph + step * direction) - loss(graph - step * direction)) / (2 * step)
     np.testing.assert_allclose(slope, want, rtol=1e-2)
-
-
-def test_bad_settings():
-    with pytest.raises(ValueError, match="RWSE steps is 0; it must be at least 1"):
-        RWSE(steps=0)

@@ -138,19 +138,3 @@ def test_initial_values_and_shapes():
     assert params["phi_1_out"]["kernel"].shape == (6, 3)
     assert params["epsilon_0"] == params["epsilon_1"] == 0
     assert set(params["psi_0_sum"]) == {"kernel"}
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        *(
-            ({name: 0}, f"{name} is 0; it must be at least 1")
-            for name in ("filters", "psi_layers", "psi_hidden", "phi_layers", "phi_hidden")
-        ),
-        ({"eigenvectors": 0}, "eigenvectors is 0; it must be at least 1"),
-        ({"psi": "transformer"}, "psi is 'transformer'; it must be \"mlp\""),
-    ],
-)
-def test_bad_settings(settings, words):
-    with pytest.raises(ValueError, match=f"SPE {words}"):
-        SPE(**settings)

@@ -190,38 +190,6 @@ def test_sampling_follows_the_temperature():
     assert len(set(sample(1e-4).tolist())) == 1
 
 
-WRONG_CONFIG = {
-    "heads": (
-        {"heads": 3, "kv_heads": None},
-        "model.heads is 3, which does not divide model.width 32",
-    ),
-    "kv_heads": ({"kv_heads": 3}, "model.kv_heads is 3, which does not divide model.heads 4"),
-    "layers": ({"layers": 0}, "model.layers is 0"),
-    "dropout": ({"dropout": 1.0}, "model.dropout is 1.0"),
-}
-
-
-@pytest.mark.parametrize("settings, words", WRONG_CONFIG.values(), ids=WRONG_CONFIG)
-def test_wrong_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        dataclasses.replace(SMALL, **settings)
-
-
-WRONG_CALL = {
-    "steps": ({"steps": 0}, "steps is 0"),
-    "temperature": ({"temperature": -1.0}, "temperature -1.0"),
-    "no key": ({"temperature": 1.0}, "needs a random key"),
-    "prompt": ({"prompt": jnp.zeros((2, 0), jnp.int32)}, r"prompt has shape \(2, 0\)"),
-}
-
-
-@pytest.mark.parametrize("arguments, words", WRONG_CALL.values(), ids=WRONG_CALL)
-def test_wrong_arguments_of_generate(arguments, words):
-    model, variables, tokens = build("nope", length=2)
-    with pytest.raises(ValueError, match=words):
-        generate(model, variables, **({"prompt": tokens, "steps": 1} | arguments))
-
-
 def test_a_cache_refuses_segments():
     model, variables, tokens = build("nope", length=2)
     cache = init_cache(model, variables, 2, 4)

@@ -1,7 +1,6 @@
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,22 +71,3 @@ def test_padding_by_hand():
 
 def test_is_no_task():
     assert "augment" not in TASKS
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda rng: random_spaces("1", rng, 1.5), "probability must be a number from 0 to 1"),
-        (lambda rng: index_hints(["1a"], rng), "numbers has '1a'; it must hold digits only"),
-        (lambda rng: index_hints([""], rng), "numbers has ''; it must hold digits only"),
-        (lambda rng: index_hints(["123"], rng, "ab"), "one of 3 digits, but alphabet has only 2"),
-        (lambda rng: index_hints(["1"], rng, "aa"), "alphabet is 'aa'; it must hold different"),
-        (lambda rng: remove_hints("1", "a1"), "alphabet is 'a1'"),
-        (lambda rng: padded(1000, 3), "number must be an integer from 0 to 999, got 1000"),
-        (lambda rng: padded(-1, 3), "number must be an integer from 0 to 999, got -1"),
-        (lambda rng: padded_product(1, 2, 0), "width must be an integer >= 1, got 0"),
-    ],
-)
-def test_bad_arguments(call, words):
-    with pytest.raises(ValueError, match=words):
-        call(np.random.default_rng(0))

@@ -124,11 +124,11 @@ def test_data_never_changes_silently(name, settings, train, splits, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"index": -1}, "index .* got -1"),
-        ({"index": 2**64}, "index .* got"),
-        ({"index": 0, "seed": -1}, "seed .* got -1"),
-        ({"index": 0, "seed": 2**64}, "seed .* got"),
-        ({"index": 0, "split": "tain"}, "split must be 'train' or one of .*'tain'"),
+        ({"index": -1}, "index .* is -1; it must be from 0"),
+        ({"index": 2**64}, "index .* is 18446744073709551616"),
+        ({"index": 0, "seed": -1}, "seed is -1"),
+        ({"index": 0, "seed": 2**64}, "seed is 18446744073709551616"),
+        ({"index": 0, "split": "tain"}, "split is 'tain'; it must be \"train\", "),
     ],
 )
 def test_bad_examples_are_refused(name, arguments, words, tmp_path):
@@ -141,15 +141,9 @@ def test_splits_end_at_their_size(name, tmp_path):
     task = make(name, tmp_path)
     for split, description in task.splits.items():
         task.example(description.size - 1, split)
-        with pytest.raises(ValueError, match=f"index .* {description.size - 1} in split '{split}'"):
+        words = f"index in split '{split}' .* {description.size - 1}\\."
+        with pytest.raises(ValueError, match=words):
             task.example(description.size, split)
-
-
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True])
-def test_evaluation_seed_is_checked(name, seed):
-    with pytest.raises(ValueError, match=f"evaluation_seed .* got {seed}"):
-        TASKS[name](evaluation_seed=seed)
 
 
 def batch_of(targets, scored):
@@ -234,5 +228,5 @@ def test_decoding_joins_symbols(ids):
 
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_decoding_refuses_what_is_no_token(bad):
-    with pytest.raises(ValueError, match=f"ids has {bad}, but tokens have ids from 0 to 2"):
+    with pytest.raises(ValueError, match=f"token id is {bad}; it must be from 0 to 2"):
         Vocabulary(("a", "b", "c")).decode([0, bad])

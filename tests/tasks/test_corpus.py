@@ -115,10 +115,10 @@ def test_broken_links_are_left_out(folder):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nowhere", "which is no file and no folder"),
-        ("empty", "which holds no bytes in files$"),
-        ("hollow.txt", "which holds no bytes in files$"),
-        ("root", r"which holds no bytes in files ending in \.md or \.rst"),
+        ("nowhere", "it must be a file or a folder"),
+        ("empty", "it must be one with bytes in files.$"),
+        ("hollow.txt", "it must be one with bytes in files.$"),
+        ("root", r"it must be one with bytes in files ending in \.md or \.rst"),
     ],
 )
 def test_bad_paths_are_named(folder, name, words):
@@ -128,7 +128,7 @@ def test_bad_paths_are_named(folder, name, words):
     suffixes = (".md", ".rst") if name == "root" else ()
     with pytest.raises(ValueError, match=words) as error:
         load_corpus((str(folder / "part0" / "0.txt"), path), suffixes)
-    assert f"path has {path!r}" in str(error.value)
+    assert f"entry of path is {path!r}" in str(error.value)
 
 
 def test_default_leaves_out_what_is_no_library():

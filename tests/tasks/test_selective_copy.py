@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,20 +70,3 @@ def test_symbols_and_places_are_uniform():
 def test_large_alphabets_have_distinct_symbols():
     symbols = SelectiveCopy(alphabet=300).vocabulary.symbols
     assert len(set(symbols)) == len(symbols) == 302
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("symbols", 0),
-        ("symbols", 2.0),
-        ("alphabet", 1),
-        ("blanks", -1),
-        ("dense_blanks", -1),
-        ("sparse_blanks", -2),
-        ("examples", 0),
-    ],
-)
-def test_bad_settings_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"{name} must be an integer >= \d, got {value}"):
-        SelectiveCopy(**{name: value})

@@ -111,10 +111,10 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
 def test_bad_names_are_found_before_anything_is_trained(tmp_path):
     for names, seeds, words in (
         (("cope", "rop"), (0,), "did you mean"),
-        (("cope", "cope"), (0,), "none twice"),
-        (("cope",), (1, 1), "none twice"),
-        ((), (0,), "at least one"),
-        (("cope",), (-1,), "seed must be from 0"),
+        (("cope", "cope"), (0,), "none of them twice"),
+        (("cope",), (1, 1), "none of them twice"),
+        ((), (0,), "one or more"),
+        (("cope",), (-1,), "seed is -1; it must be from 0"),
     ):
         with pytest.raises(ValueError, match=words):
             compare_encodings(tiny(), names, seeds, tmp_path / "c", console=SILENT)
