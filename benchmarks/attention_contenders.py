@@ -14,7 +14,7 @@ from attention_problem import Problem, Settings, gate_bias
 
 import posjax.problem
 from posjax import ContextualBias, dot_product_attention
-from posjax.kernels import gpu, platforms
+from posjax.kernels import gpu
 
 __all__ = ["CONTENDERS", "PASSES", "PLAIN_REFERENCE", "Contender", "Passes", "available"]
 
@@ -112,7 +112,7 @@ def _needs_hopper(problem: Problem, contextual: bool) -> str | None:
     table = jax.ShapeDtypeStruct((problem.positions, problem.head_size), jnp.float32)
     bias = ContextualBias(table) if contextual else None
     call = posjax.problem.Problem.of(query, query, query, bias, is_causal=True)
-    return platforms.needs("gpu") or gpu.refuses(call)
+    return gpu.refuses(call)
 
 
 def _needs_cudnn(problem: Problem) -> str | None:

@@ -16,8 +16,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 import posjax.problem
 from posjax import ContextualBias, RelativeBias
-from posjax.kernels import tpu
 from posjax.kernels.blocks import TpuBlocks, fastest_tpu_sizes
+from posjax.kernels.tpu import attention
 from posjax.types import Array
 
 __all__ = ["BLOCKS", "CONTENDERS", "STEPS", "Contender", "Problem", "sizes_of", "split"]
@@ -48,7 +48,7 @@ def _ours(problem: Problem, sizes: tuple[int, ...], bias: str):
         groups = fastest_tpu_sizes().groups_of(sizes[0])  # of the chip that is traced for
         blocks = TpuBlocks(*sizes[:2], memory, **groups)
         call = posjax.problem.Problem.of(query, key, value, described, scale=scale, is_causal=True)
-        return tpu.run(call, blocks)
+        return attention.run(call, blocks)
 
     query, key = (
         jax.ShapeDtypeStruct((1, length, heads, problem.head_size), jnp.bfloat16)

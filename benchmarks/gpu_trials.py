@@ -16,7 +16,7 @@ import posjax.problem
 from posjax import ContextualBias, dot_product_attention
 from posjax.kernels import gpu
 from posjax.kernels.blocks import GpuBlocks
-from posjax.kernels.platforms import gpu_interpreter
+from posjax.kernels.interpreters import gpu_interpreter
 
 __all__ = ["TOLERANCE", "compiled", "data", "errors", "no_gpu", "times", "wrong_gradients"]
 

@@ -57,10 +57,14 @@ def count(function, end: tuple[str, str] | None) -> Hops:
 
     def watch(frame, event, _):
         nonlocal calls, depth, deepest
-        path = Path(frame.f_code.co_filename).resolve()
-        if event not in ("call", "return") or not path.is_relative_to(ROOT) or path == THIS:
+        file = frame.f_code.co_filename
+        if event not in ("call", "return") or file.startswith("<"):
             return
-        # Generators and comprehensions belong to the function around them.
+        path = Path(file).resolve()
+        if not path.is_relative_to(ROOT) or path == THIS:
+            return
+        # Generators and comprehensions belong to the function around them; methods that dataclasses
+        # write are in no file.
         if frame.f_code.co_name.startswith("<") and frame.f_code.co_name != "<lambda>":
             return
         depth += 1 if event == "call" else -1

@@ -1,7 +1,9 @@
-"""Block sizes of the blockwise implementations."""
+"""The devices that are traced for, and sizes of blocks for each kind of them."""
 
 import dataclasses
 from typing import Any
+
+import jax
 
 from posjax.kernels.gpu_table import FASTEST
 
@@ -12,6 +14,7 @@ __all__ = [
     "blockwise_sizes",
     "fastest_tpu_sizes",
     "gpu_sizes",
+    "platform",
     "tpu_generation",
     "tpu_sizes",
     "tpu_vmem",
@@ -128,7 +131,8 @@ def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
     sizes = [size for size in (2048, 1536, 1024, 768, 512, 384, 256, 128) if size <= fastest.key]
     if relative:
         sizes = [size for size in sizes if size >= query and size & (size - 1) == 0]
-    key = min(sizes, key=lambda size: _rounded(keys, size) * (1 + 64 / size))
+    cost = {size: _rounded(keys, size) * (1 + 64 / size) for size in sizes}
+    key = min(cost, key=cost.get)
     memory = min(fastest.memory // key * key, _rounded(keys, key))
     return TpuBlocks(query, key, memory, **fastest.groups_of(query))
 
@@ -142,6 +146,19 @@ def gpu_sizes(size: int, positions: int, own_gate_key: bool) -> GpuBlocks:
     """
     most = 0 if positions == 0 else 64 if positions <= 64 else 128
     return GpuBlocks(**FASTEST[64 if size <= 64 else 128, most, own_gate_key and positions > 0])
+
+
+def platform() -> str:
+    """The devices that are traced for: "cpu", "gpu" or "tpu".
+
+    Those of the current mesh (a described one, too, for compiling ahead of time), else of
+    `jax.default_device`, else JAX's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = jax.config.jax_default_device if device is None else device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def tpu_generation() -> int | None:

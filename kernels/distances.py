@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from posjax.biases.relative import RelativeBias
 from posjax.kernels.common import LOG2E
-from posjax.kernels.parts import relatives
+from posjax.kernels.host import relatives
 from posjax.masks import Mask
 from posjax.problem import Problem
 from posjax.types import Array, Bool, Float, Int

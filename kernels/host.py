@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
 from posjax.biases.relative import RelativeBias
+from posjax.biases.sum import addends
 from posjax.kernels.common import LOG2E
-from posjax.kernels.parts import contextual, relatives
 from posjax.masks import Mask, Tokens
 from posjax.problem import Problem
 from posjax.types import Array, Float, Int
@@ -20,11 +21,14 @@ __all__ = [
     "CopeSettings",
     "Prepared",
     "Settings",
+    "contextual",
     "gate_bias_of_heads",
     "padded",
+    "relatives",
     "same_heads",
     "sides",
     "table_of_differences",
+    "unsupported_bias",
     "with_gradients",
 ]
 
@@ -128,6 +132,39 @@ class Prepared(NamedTuple):
         """Numbers of queries and keys, with padding."""
         queries, keys = self.padding
         return self.problem.query.shape[1] + queries, self.problem.key.shape[1] + keys
+
+
+def contextual(bias: Bias | None) -> ContextualBias | None:
+    """The part that counts, of at most one."""
+    parts = () if bias is None else addends(bias)
+    return next((part for part in parts if isinstance(part, ContextualBias)), None)
+
+
+def relatives(bias: Bias | None) -> list[RelativeBias]:
+    """The parts that depend on positions alone."""
+    parts = () if bias is None else addends(bias)
+    return [part for part in parts if isinstance(part, RelativeBias)]
+
+
+def unsupported_bias(bias: Bias | None, chip: str) -> str | None:
+    """The reason why the kernels for this kind of chip cannot do a part; None if they can."""
+    parts = addends(bias)
+    for part in parts:
+        if isinstance(part, RelativeBias) and not part.distance_only:
+            name = getattr(part.function, "__name__", type(part.function).__name__)
+            return (
+                f"RelativeBias without distance_only (its function is {name}) has no {chip} kernel"
+            )
+        if not isinstance(part, ContextualBias | RelativeBias):
+            return f"{type(part).__name__} has no {chip} kernel"
+        if isinstance(part, ContextualBias) and part.direction == "forward":
+            return (
+                f'direction="forward" counts from the far end, and the {chip} kernels start at the '
+                "query"
+            )
+    if sum(isinstance(part, ContextualBias) for part in parts) > 1:
+        return f"a sum of several ContextualBias has no {chip} kernel"
+    return None
 
 
 def table_of_differences(bias: ContextualBias) -> Float[Array, "#N P H"]:

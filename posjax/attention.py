@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from posjax.biases.base import Bias
 from posjax.implementations import choose, note, reasons
 from posjax.kernels.sharding import over_mesh
@@ -67,7 +69,7 @@ def dot_product_attention(
         NotImplementedError: a combination that the implementation cannot do, with what to use
             instead.
 
-    >>> q = k = v = jnp.ones((1, 4, 2, 8))
+    >>> q = k = v = jax.numpy.ones((1, 4, 2, 8))
     >>> dot_product_attention(q, k, v, is_causal=True).shape
     (1, 4, 2, 8)
     """
@@ -87,6 +89,8 @@ def dot_product_attention(
     )
     chosen = choose(problem, implementation)
     note(chosen, problem)
+    if not jax.sharding.get_abstract_mesh().axis_names:
+        return chosen.run(problem)
     return over_mesh(chosen.run, problem, split=chosen.split)
 
 
@@ -109,7 +113,7 @@ def explain(
         ValueError: as `dot_product_attention`.
         NotImplementedError: as `dot_product_attention`.
 
-    >>> q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    >>> q = jax.ShapeDtypeStruct((1, 256, 2, 64), jax.numpy.bfloat16)
     >>> print(explain(q, q, q, local_window_size=7).splitlines()[0])
     xla
     """

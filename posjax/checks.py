@@ -268,11 +268,10 @@ def dtype(name: str, array: Shaped, wanted: Any) -> None:
     Traceback (most recent call last):
     ValueError: positions has dtype float32; it must be an integer type.
     """
-    if isinstance(wanted, tuple):
-        holds, words = array.dtype in wanted, _either([jnp.dtype(one).name for one in wanted])
-    else:
-        holds, words = jnp.issubdtype(array.dtype, wanted), _DTYPES[wanted]
+    several = isinstance(wanted, tuple)
+    holds = array.dtype in wanted if several else jnp.issubdtype(array.dtype, wanted)
     if not holds:
+        words = _either([jnp.dtype(one).name for one in wanted]) if several else _DTYPES[wanted]
         raise ValueError(f"{name} has dtype {array.dtype}; it must be {words}.")
 
 

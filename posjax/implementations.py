@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import jax
 
-from posjax.kernels import platforms
+from posjax.kernels import interpreters
+from posjax.kernels.blocks import platform
 from posjax.problem import Problem
 from posjax.types import Array, Num
 
@@ -51,19 +52,19 @@ class Implementation:
 
     def refuses(self, problem: Problem) -> str | None:
         """The reason why it cannot solve the problem here; None if it can."""
-        return self._refuses_devices() or self.load().refuses(problem)
+        kind, found = self.platform, platform()
+        if kind is not None and kind != found and not interpreters.is_interpreted(kind):
+            return f"the {kind.upper()} kernels need {kind.upper()}s, and the devices are {found}s"
+        return self.load().refuses(problem)
 
     def declines(self, problem: Problem) -> str | None:
         """The reason why it is not chosen by itself; None if it is."""
         if self.only_by_name is not None:
             return self.only_by_name
         queries = problem.query.shape[1]
-        few = f"{queries} queries; {self.name} pays from {self.fewest_queries} on"
-        return (
-            self._refuses_devices()
-            or (few if queries < self.fewest_queries else None)
-            or self.load().refuses(problem)
-        )
+        if queries < self.fewest_queries and platform() == self.platform:
+            return f"{queries} queries; {self.name} pays from {self.fewest_queries} on"
+        return self.refuses(problem)
 
     def label(self, problem: Problem) -> str:
         """Its name, with that of `instead` where only the running program knows."""
@@ -74,26 +75,25 @@ class Implementation:
 
     def run(self, problem: Problem) -> Num[Array, "B T N E"]:
         """The output of attention."""
-        holds, run = self._holds(problem), self.load().run
-        if holds is True:
-            return run(problem)
-        instead = _named()[self.instead].load().run
+        if problem.bias is None or self.instead is None:
+            return self.load().run(problem)
+        holds, ways = self._holds(problem), (self.load().run, _named()[self.instead].load().run)
         if isinstance(holds, jax.core.Tracer):
-            return jax.lax.cond(holds, run, instead, problem)
-        return (run if holds else instead)(problem)
-
-    def _refuses_devices(self) -> str | None:
-        return None if self.platform is None else platforms.needs(self.platform)
+            return jax.lax.cond(holds, *ways, problem)
+        return ways[0 if holds else 1](problem)
 
     def _holds(self, problem: Problem) -> Any:
-        holds = None if self.instead is None else self.load().holds(problem)
+        """True, or a boolean array."""
+        if problem.bias is None or self.instead is None:
+            return True
+        holds = self.load().holds(problem)
         return True if holds is None else holds
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "tpu",
-        "posjax.kernels.tpu",
+        "posjax.kernels.tpu.attention",
         platform="tpu",
         fewest_queries=128,
         split="heads",
@@ -127,16 +127,20 @@ def choose(problem: Problem, implementation: str | Sequence[str] | None) -> Impl
     if implementation is None:
         return next(row for row in IMPLEMENTATIONS if row.declines(problem) is None)
     wanted = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    _check_names(wanted, implementation)
-    refused = {}
+    rows, refused = _named(), []
+    if not wanted or any(name not in rows for name in wanted):
+        known = ", ".join(f'"{name}"' for name in rows)
+        raise ValueError(
+            f"implementation is {implementation!r}; it must be None, one of {known}, or some of "
+            "them."
+        )
     for name in wanted:
-        refused[name] = _named()[name].refuses(problem)
-        if refused[name] is None:
-            return _named()[name]
-    why = "; ".join(refused.values())
-    others = [row.name for row in IMPLEMENTATIONS if row.name in ("xla", "reference")]
-    able = next(name for name in others if _named()[name].refuses(problem) is None)
-    raise NotImplementedError(f'{why}; use implementation="{able}".')
+        reason = rows[name].refuses(problem)
+        if reason is None:
+            return rows[name]
+        refused.append(reason)
+    able = "xla" if rows["xla"].refuses(problem) is None else "reference"
+    raise NotImplementedError(f'{"; ".join(refused)}; use implementation="{able}".')
 
 
 def reasons(problem: Problem) -> dict[str, str | None]:
@@ -165,19 +169,12 @@ def implementations_used() -> Iterator[list[str]]:
 
 def note(chosen: Implementation, problem: Problem) -> None:
     """Adds to the list of `implementations_used`, if there is one."""
-    if _used.get() is not None:
-        _used.get().append(chosen.label(problem))
+    used = _used.get()
+    if used is not None:
+        used.append(chosen.label(problem))
 
 
 @functools.cache
 def _named() -> dict[str, Implementation]:
+    """The table by name."""
     return {row.name: row for row in IMPLEMENTATIONS}
-
-
-def _check_names(wanted: tuple, given: Any) -> None:
-    known = ", ".join(f'"{name}"' for name in _named())
-    for name in wanted or ("",):
-        if not isinstance(name, str) or name not in _named():
-            raise ValueError(
-                f"implementation is {given!r}; it must be None, one of {known}, or some of them."
-            )

@@ -60,19 +60,22 @@ class Problem(Lettered):
         """
         _check_arrays(query, key, value)
         is_causal = bool(checks.flag("is_causal", is_causal))
-        bias = as_bias(bias)
         if bias is not None:
+            bias = as_bias(bias)
             bias.check(query, key, is_causal)
-        key_segment_ids = _key_segments(query, key, query_segment_ids, key_segment_ids)
+        if query_segment_ids is not None or key_segment_ids is not None:
+            segments = _both_segments(query, key, query_segment_ids, key_segment_ids)
+            query_segment_ids, key_segment_ids = segments
         mask = Mask(
             query=_tokens("query", query, query_positions, query_segment_ids),
             key=_tokens("key", key, key_positions, key_segment_ids),
-            array=_checked_mask(mask, query, key),
+            array=None if mask is None else _checked_mask(mask, query, key),
             is_causal=is_causal,
-            window=_window(local_window_size),
+            window=None if local_window_size is None else _window(local_window_size),
             has_given_positions=query_positions is not None or key_positions is not None,
         )
-        return cls(query, key, value, bias, mask, _checked_scale(scale, query.shape[3]))
+        scale = query.shape[3] ** -0.5 if scale is None else _checked_scale(scale)
+        return cls(query, key, value, bias, mask, scale)
 
     def with_own_heads(self, part: Int[Array, ""], parts: int) -> Self:
         """The problem of one of `parts` parts of the heads, if its arrays have been split."""
@@ -109,48 +112,43 @@ def _check_arrays(query: Array, key: Array, value: Array) -> None:
 def _tokens(name: str, x: Array, positions: Array | None, segment_ids: Array | None) -> Tokens:
     batch, length = x.shape[:2]
     if positions is None:
-        positions = jnp.arange(length, dtype=jnp.int32)
-    positions = checks.rows(f"{name}_positions", positions, batch, length)
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+    else:
+        positions = checks.rows(f"{name}_positions", positions, batch, length)
     if segment_ids is not None:
         segment_ids = checks.rows(f"{name}_segment_ids", segment_ids, batch, length)
     return Tokens(positions, segment_ids)
 
 
-def _key_segments(
+def _both_segments(
     query: Array, key: Array, of_queries: Array | None, of_keys: Array | None
-) -> Array | None:
-    """Those of the keys; the queries' if there are equally many."""
-    if of_queries is None and of_keys is not None:
+) -> tuple[Array, Array]:
+    """Those of queries and of keys, which are the queries' if there are equally many."""
+    if of_queries is None:
         raise ValueError("key_segment_ids is given without query_segment_ids; give both.")
-    if of_queries is not None and of_keys is None:
-        queries, keys = query.shape[1], key.shape[1]
-        if queries != keys:
-            raise ValueError(
-                "query_segment_ids is given without key_segment_ids, but there are "
-                f"{queries} queries and {keys} keys; give both."
-            )
-        return of_queries
-    return of_keys
+    queries, keys = query.shape[1], key.shape[1]
+    if of_keys is None and queries != keys:
+        raise ValueError(
+            "query_segment_ids is given without key_segment_ids, but there are "
+            f"{queries} queries and {keys} keys; give both."
+        )
+    return of_queries, of_queries if of_keys is None else of_keys
 
 
-def _checked_mask(mask: Array | None, query: Array, key: Array) -> Array | None:
-    if mask is not None:
-        (batch, queries, heads, _), keys = query.shape, key.shape[1]
-        checks.dtype("mask", mask, jnp.bool_)
-        checks.shape("mask", mask, ((1, batch), (1, heads), queries, keys))
+def _checked_mask(mask: Array, query: Array, key: Array) -> Array:
+    (batch, queries, heads, _), keys = query.shape, key.shape[1]
+    checks.dtype("mask", mask, jnp.bool_)
+    checks.shape("mask", mask, ((1, batch), (1, heads), queries, keys))
     return mask
 
 
-def _window(window: Any) -> tuple[int, int] | None:
-    if window is None:
-        return None
+def _window(window: Any) -> tuple[int, int]:
     pair = (window, window) if isinstance(window, int | np.integer) else window
     left, right = checks.integers("local_window_size", pair, count=2, low=0)
     return int(left), int(right)
 
 
-def _checked_scale(scale: float | None, size: int) -> float:
+def _checked_scale(scale: float) -> float:
     if isinstance(scale, jax.Array):
         raise ValueError("scale is an array; it must be a Python number (scale the query instead).")
-    checks.number("scale", scale, optional=True)
-    return size**-0.5 if scale is None else float(scale)
+    return float(checks.number("scale", scale))

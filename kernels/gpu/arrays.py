@@ -13,7 +13,7 @@ __all__ = ["Inputs", "KeyGradients", "Outputs", "QueryGradients", "Residuals"]
 class Inputs(NamedTuple):
     """Inputs of all kernels; T and S are whole blocks, and H is 64 or 128.
 
-    `ranges` are described in `kernels.ranges`, `tables` in `tables`, `distance_bias` in `relative`.
+    `ranges` are described in `posjax.masks`, `tables` in `tables`, `distance_bias` in `relative`.
     Products of gates with `lower_triangle` are sums from each key to the right.
     """
 

@@ -23,15 +23,15 @@ from posjax.kernels.gpu.support import SIZES
 from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
 from posjax.kernels.host import (
     Prepared,
+    contextual,
     gate_bias_of_heads,
     same_heads,
     sides,
     table_of_differences,
     with_gradients,
 )
-from posjax.kernels.parts import contextual
-from posjax.kernels.platforms import gpu_interpreter
-from posjax.kernels.ranges import Ranges, walk_ranges
+from posjax.kernels.interpreters import gpu_interpreter
+from posjax.masks import Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array, Num
 

@@ -22,7 +22,7 @@ from posjax.kernels.gpu.layout import Buffer, fits, launch, matrix, share_regist
 from posjax.kernels.gpu.plan import GROUPS, ROWS, TILE_KEYS, Plan
 from posjax.kernels.gpu.queries import own_span, union
 from posjax.kernels.gpu.ring import Ring, band_of
-from posjax.kernels.ranges import Ranges, Span
+from posjax.masks import Ranges, Span
 from posjax.types import Array, Bool, Int
 
 __all__ = ["key_gradients"]

@@ -21,7 +21,7 @@ from posjax.kernels.gpu.queries import Queries, QueryScratch, loop_up, own_span,
 from posjax.kernels.gpu.query_step import GradientState, add_step
 from posjax.kernels.gpu.ring import Ring, copy_once, key_sources
 from posjax.kernels.gpu.tiles import Origin, gate_bias_of
-from posjax.kernels.ranges import Ranges, Span
+from posjax.masks import Ranges, Span
 from posjax.types import Array
 
 __all__ = ["query_gradients"]

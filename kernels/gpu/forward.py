@@ -38,7 +38,7 @@ from posjax.kernels.gpu.queries import Queries, QueryScratch, loop_down, own_spa
 from posjax.kernels.gpu.ring import Ring, copy_once, key_sources
 from posjax.kernels.gpu.stores import all_reach
 from posjax.kernels.gpu.tiles import Origin, Tile, along_rows, first_place, gate_bias_of
-from posjax.kernels.ranges import Ranges, Span
+from posjax.masks import Ranges, Span
 from posjax.types import Array, Float
 
 __all__ = ["forward"]

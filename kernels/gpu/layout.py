@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.gpu.plan import GROUPS, ROWS
-from posjax.kernels.platforms import gpu_interpreter
+from posjax.kernels.interpreters import gpu_interpreter
 from posjax.types import Array, Num
 
 __all__ = [

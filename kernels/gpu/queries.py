@@ -14,7 +14,7 @@ from posjax.kernels.gpu.layout import Buffer, present
 from posjax.kernels.gpu.plan import ROWS, Plan
 from posjax.kernels.gpu.ring import Ring
 from posjax.kernels.gpu.tiles import Operands, Origin, Tile
-from posjax.kernels.ranges import Span
+from posjax.masks import Span
 from posjax.types import Array, Float, Int, Num
 
 __all__ = ["Queries", "QueryScratch", "loop_down", "loop_up", "own_span", "union"]

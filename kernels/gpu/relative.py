@@ -23,8 +23,7 @@ from posjax.kernels.gpu.plan import ROWS, STEP_KEYS, Plan
 from posjax.kernels.gpu.queries import Queries
 from posjax.kernels.gpu.registers import load
 from posjax.kernels.gpu.stores import store
-from posjax.kernels.ranges import Ranges
-from posjax.masks import Mask
+from posjax.masks import Mask, Ranges
 from posjax.types import Array, Float
 
 __all__ = ["clear", "distance_bias", "gradient", "scratch_types", "send"]

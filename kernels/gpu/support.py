@@ -1,8 +1,9 @@
 """The problems that the GPU kernels can solve; importable without their compiler."""
 
+import jax
 import jax.numpy as jnp
 
-from posjax.kernels.parts import contextual, unsupported_bias
+from posjax.kernels.host import contextual, unsupported_bias
 from posjax.problem import Problem
 
 __all__ = ["SIZES", "refuses"]
@@ -14,6 +15,10 @@ _MOST_POSITIONS = 128
 
 def refuses(problem: Problem) -> str | None:
     """The reason why these kernels cannot solve a problem; None if they can."""
+    capability = _compute_capability()
+    if capability is not None and capability[0] != 9:
+        version = ".".join(map(str, capability))
+        return f"the device has compute capability {version}; the GPU kernels are for 9.0 (Hopper)"
     query, value = problem.query, problem.value
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype}; the GPU kernels take bfloat16 and float16"
@@ -28,3 +33,11 @@ def refuses(problem: Problem) -> str | None:
             f"the table has {own.num_positions} rows; the GPU kernels take up to {_MOST_POSITIONS}"
         )
     return unsupported_bias(problem.bias, "GPU")
+
+
+def _compute_capability() -> tuple[int, ...] | None:
+    """The compute capability of the GPU; None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    words = str(getattr(jax.devices("gpu")[0], "compute_capability", "0"))
+    return tuple(int(word) for word in words.split("."))

@@ -9,27 +9,38 @@ import jax.numpy as jnp
 
 from posjax.biases.contextual import ContextualBias
 from posjax.kernels.blocks import TpuBlocks, tpu_generation, tpu_sizes
+from posjax.kernels.distances import positions_are_contiguous as holds
 from posjax.kernels.host import (
     Prepared,
     gate_bias_of_heads,
+    relatives,
     same_heads,
     sides,
     table_of_differences,
+    unsupported_bias,
     with_gradients,
 )
-from posjax.kernels.parts import relatives
-from posjax.kernels.ranges import Ranges, walk_ranges
 from posjax.kernels.tpu import relative
 from posjax.kernels.tpu.arrays import Gradients, Inputs, Outputs, Residuals
 from posjax.kernels.tpu.backward import backward
 from posjax.kernels.tpu.backward_step import gradient_scale
 from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.plan import LANES, CopePlan, Plan, interleave
-from posjax.masks import Mask
+from posjax.masks import Mask, Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array, Num
 
-__all__ = ["run"]
+__all__ = ["holds", "refuses", "run"]
+
+
+def refuses(problem: Problem) -> str | None:
+    """The reason why these kernels cannot solve a problem; None if they can."""
+    dtype = problem.query.dtype
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"query has dtype {dtype}; the TPU kernels take float32 and bfloat16"
+    if problem.mask.array is not None:
+        return "the TPU kernels do not support an explicit mask array"
+    return None if problem.bias is None else unsupported_bias(problem.bias, "TPU")
 
 
 def run(problem: Problem, blocks: TpuBlocks | None = None) -> Num[Array, "B T N E"]:
@@ -52,8 +63,11 @@ def run(problem: Problem, blocks: TpuBlocks | None = None) -> Num[Array, "B T N 
             f"{blocks} do not fit a relative bias; query must be a multiple of key / {LANES}, and "
             "at most key."
         )
-    prepared = _with_gate_key(Prepared.of(problem, blocks.query, blocks.key))
-    plan = Plan(**prepared.settings(blocks, _cope_plan(prepared, blocks)))
+    prepared, cope = Prepared.of(problem, blocks.query, blocks.key), None
+    if prepared.cope is not None:
+        prepared = _with_gate_key(prepared)
+        cope = _cope_plan(prepared, blocks)
+    plan = Plan(**prepared.settings(blocks, cope))
     ranges = walk_ranges(prepared.mask, blocks.query, blocks.key)
     arrays = same_heads(_heads_first(plan, prepared), axis=1)
     if prepared.cope is not None:
@@ -70,15 +84,13 @@ def run(problem: Problem, blocks: TpuBlocks | None = None) -> Num[Array, "B T N 
 def _with_gate_key(prepared: Prepared) -> Prepared:
     """With a scale of 0, nothing is left of the scaled products that gates would come from."""
     problem, bias = prepared.problem, prepared.cope
-    if problem.scale or bias is None or not bias.gate_scale or bias.gate_key is not None:
+    if problem.scale or not bias.gate_scale or bias.gate_key is not None:
         return prepared
     return prepared._replace(cope=dataclasses.replace(bias, gate_key=problem.key))
 
 
-def _cope_plan(prepared: Prepared, blocks: TpuBlocks) -> CopePlan | None:
+def _cope_plan(prepared: Prepared, blocks: TpuBlocks) -> CopePlan:
     problem, bias = prepared.problem, prepared.cope
-    if bias is None:
-        return None
     narrow = problem.query.dtype == jnp.bfloat16
     fits = bias.num_positions + blocks.key // LANES <= LANES
     return CopePlan(
@@ -115,11 +127,9 @@ def _tables(plan: Plan, bias: ContextualBias, heads: int) -> dict[str, Array]:
 
 def _sides(plan: Plan, mask: Mask) -> dict[str, Array]:
     """Positions and segments as the kernels read them, [B or 1, 1, length]."""
-
-    def of_kernels(name: str, x: Array) -> Array:
-        return (interleave(x, 1, plan) if name.startswith("key") else x)[:, None]
-
-    return {name: of_kernels(name, x) for name, x in sides(plan, mask).items()}
+    found = sides(plan, mask)
+    found |= {name: interleave(x, 1, plan) for name, x in found.items() if name.startswith("key")}
+    return {name: x[:, None] for name, x in found.items()}
 
 
 def _forward(static: tuple[Plan, int], inputs: Inputs, range_table: Array) -> Outputs:

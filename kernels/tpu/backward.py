@@ -25,20 +25,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.common import LN2
-from posjax.kernels.ranges import Ranges, Span
-from posjax.kernels.tpu import backward_pipeline, counting, tiles
+from posjax.kernels.tpu import backward_pipeline, counting, relative, tiles
 from posjax.kernels.tpu.arrays import Gradients, Inputs, Residuals
 from posjax.kernels.tpu.backward_step import (
+    FEW_CROSSINGS,
     BackwardScratch,
+    BackwardStages,
     BackwardStep,
     add_tile,
-    backward_scratch,
     gradient_scale,
 )
 from posjax.kernels.tpu.counting import PLACE_OFFSET
-from posjax.kernels.tpu.layout import GridIndices, Layout, compiler_params
-from posjax.kernels.tpu.plan import LANES, Plan
-from posjax.kernels.tpu.registers import TN, from_row, matmul, reduce_lanes, to_row
+from posjax.kernels.tpu.plan import LANES, GridIndices, Layout, Plan, compiler_params
+from posjax.kernels.tpu.registers import TN, from_row, matmul, packed_shape, reduce_lanes, to_row
+from posjax.kernels.tpu.tables import table_scratch
+from posjax.masks import Ranges, Span
 from posjax.types import Array
 
 __all__ = ["backward"]
@@ -64,7 +65,7 @@ def backward(plan: Plan, ranges: Ranges, inputs: Inputs, residuals: Residuals) -
             grid=(layout.batch, layout.kv_heads, layout.parts, layout.groups, layout.query_blocks),
             in_specs=[layout.input_specs(inputs, at), layout.residual_specs(residuals, at)],
             out_specs=[layout.gradient_specs(gradients, at)],
-            scratch_shapes=[backward_scratch(plan, layout)],
+            scratch_shapes=[_scratch(plan, layout)],
         ),
         out_shape=[gradients],
         compiler_params=compiler_params("parallel", "parallel", *["arbitrary"] * 3),
@@ -73,6 +74,56 @@ def backward(plan: Plan, ranges: Ranges, inputs: Inputs, residuals: Residuals) -
     )
     (gradients,) = kernel(ranges.flat, inputs, residuals)
     return gradients
+
+
+def _scratch(plan: Plan, layout: Layout) -> BackwardScratch:
+    """Shapes of the memory."""
+    rows = plan.blocks.query
+    float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)  # noqa: E731
+    lanes = float32(rows, LANES)
+    scratch = BackwardScratch(
+        dquery=float32(rows, layout.size),
+        lse=lanes,
+        delta=lanes,
+        query_transposed=pltpu.VMEM((layout.size, rows), layout.dtype),
+        cotangent_transposed=pltpu.VMEM((layout.value_size, rows), layout.dtype),
+        copy_done=pltpu.SemaphoreType.DMA(()),
+    )
+    if plan.relative:
+        band = relative.band_scratch(plan)
+        scratch = scratch._replace(band=band, dband=band)
+    if plan.cope is None:
+        return scratch
+    return scratch._replace(
+        ramp_sums=float32(rows, plan.pieces * LANES),
+        dlogits_total=lanes,
+        saved_carries=float32(layout.carry_groups, rows, LANES),
+        dcount_prefix=lanes,
+        saved_prefixes=float32(layout.groups * layout.query_blocks, rows),
+        tables=table_scratch(plan),
+        stages=_stages(plan, layout),
+    )
+
+
+def _stages(plan: Plan, layout: Layout) -> BackwardStages:
+    rows, keys = plan.blocks.query, plan.blocks.key
+    lanes, tile = (pltpu.VMEM((rows, size), jnp.float32) for size in (LANES, keys))
+    packed = packed_shape(rows, keys, layout.dtype)
+    packed = pltpu.VMEM(packed.shape, packed.dtype)
+    return BackwardStages(
+        next_logits=tile,
+        negative_logits=tile,
+        gates=tile,
+        lane_prefix=tile,
+        count_before_lane=lanes,
+        dlogits=tile,
+        lane_dcounts=lanes,
+        lane_total=lanes,
+        lane_moment=lanes,
+        lane_ramp_sums=(lanes,) * FEW_CROSSINGS,
+        weights=packed,
+        dproducts=packed,
+    )
 
 
 def _kernel(

@@ -10,24 +10,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Ref
-from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.common import LN2
 from posjax.kernels.tpu import counting, relative, tiles
 from posjax.kernels.tpu.arrays import Gradients, Inputs, Residuals
 from posjax.kernels.tpu.counting import LaneMoments
-from posjax.kernels.tpu.layout import Layout
 from posjax.kernels.tpu.plan import LANES, Plan
 from posjax.kernels.tpu.registers import (
     NT,
     chunks,
     join,
     matmul,
-    packed_shape,
     reduce_lanes,
     sum_chunks,
 )
-from posjax.kernels.tpu.tables import TableScratch, table_scratch
+from posjax.kernels.tpu.tables import TableScratch
 from posjax.kernels.tpu.tiles import Chunks, CountedTile, Tile
 from posjax.types import Array, Float, Num
 
@@ -40,7 +37,6 @@ __all__ = [
     "add_table",
     "add_tile",
     "add_values",
-    "backward_scratch",
     "gate_product_gradients",
     "gradient_scale",
     "product_gradients",
@@ -107,56 +103,6 @@ class BackwardScratch(NamedTuple):
     stages: BackwardStages | None = None
     band: Float[Ref, "band 128"] | None = None
     dband: Float[Ref, "band 128"] | None = None
-
-
-def backward_scratch(plan: Plan, layout: Layout) -> BackwardScratch:
-    """Shapes of the memory."""
-    rows = plan.blocks.query
-    float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)  # noqa: E731
-    lanes = float32(rows, LANES)
-    scratch = BackwardScratch(
-        dquery=float32(rows, layout.size),
-        lse=lanes,
-        delta=lanes,
-        query_transposed=pltpu.VMEM((layout.size, rows), layout.dtype),
-        cotangent_transposed=pltpu.VMEM((layout.value_size, rows), layout.dtype),
-        copy_done=pltpu.SemaphoreType.DMA(()),
-    )
-    if plan.relative:
-        band = relative.band_scratch(plan)
-        scratch = scratch._replace(band=band, dband=band)
-    if plan.cope is None:
-        return scratch
-    return scratch._replace(
-        ramp_sums=float32(rows, plan.pieces * LANES),
-        dlogits_total=lanes,
-        saved_carries=float32(layout.carry_groups, rows, LANES),
-        dcount_prefix=lanes,
-        saved_prefixes=float32(layout.groups * layout.query_blocks, rows),
-        tables=table_scratch(plan),
-        stages=_stages(plan, layout),
-    )
-
-
-def _stages(plan: Plan, layout: Layout) -> BackwardStages:
-    rows, keys = plan.blocks.query, plan.blocks.key
-    lanes, tile = (pltpu.VMEM((rows, size), jnp.float32) for size in (LANES, keys))
-    packed = packed_shape(rows, keys, layout.dtype)
-    packed = pltpu.VMEM(packed.shape, packed.dtype)
-    return BackwardStages(
-        next_logits=tile,
-        negative_logits=tile,
-        gates=tile,
-        lane_prefix=tile,
-        count_before_lane=lanes,
-        dlogits=tile,
-        lane_dcounts=lanes,
-        lane_total=lanes,
-        lane_moment=lanes,
-        lane_ramp_sums=(lanes,) * FEW_CROSSINGS,
-        weights=packed,
-        dproducts=packed,
-    )
 
 
 class BackwardStep(NamedTuple):

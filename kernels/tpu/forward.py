@@ -22,20 +22,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.common import MASKED
-from posjax.kernels.ranges import Ranges, Span
 from posjax.kernels.tpu import counting, forward_pipeline, registers, relative, tiles
 from posjax.kernels.tpu.arrays import Inputs, Outputs
 from posjax.kernels.tpu.counting import PLACE_OFFSET
 from posjax.kernels.tpu.forward_step import (
     ForwardScratch,
+    ForwardStages,
     ForwardStep,
     add_values,
-    forward_scratch,
     save_carry,
     softmax_weights,
 )
-from posjax.kernels.tpu.layout import GridIndices, Layout, compiler_params
-from posjax.kernels.tpu.plan import LANES, Plan
+from posjax.kernels.tpu.plan import LANES, GridIndices, Layout, Plan, compiler_params
+from posjax.kernels.tpu.tables import table_scratch
+from posjax.masks import Ranges, Span
 from posjax.types import Array
 
 __all__ = ["forward"]
@@ -60,7 +60,7 @@ def forward(plan: Plan, ranges: Ranges, inputs: Inputs) -> Outputs:
             grid=(layout.batch, layout.heads, layout.query_blocks, layout.parts),
             in_specs=[layout.input_specs(inputs, at)],
             out_specs=[layout.output_specs(outputs, at)],
-            scratch_shapes=[forward_scratch(plan, layout)],
+            scratch_shapes=[_scratch(plan, layout)],
         ),
         out_shape=[outputs],
         compiler_params=compiler_params("parallel", "parallel", "arbitrary", "arbitrary"),
@@ -69,6 +69,37 @@ def forward(plan: Plan, ranges: Ranges, inputs: Inputs) -> Outputs:
     )
     (outputs,) = kernel(ranges.flat, inputs)
     return outputs
+
+
+def _scratch(plan: Plan, layout: Layout) -> ForwardScratch:
+    """Shapes of the memory."""
+    rows, keys = plan.blocks.query, plan.blocks.key
+    lanes, tile = (pltpu.VMEM((rows, size), jnp.float32) for size in (LANES, keys))
+    output = pltpu.VMEM((rows, layout.value_size), jnp.float32)
+    scratch = ForwardScratch(maximum=lanes, total=lanes, output=output)
+    if plan.relative:
+        scratch = scratch._replace(band=relative.band_scratch(plan))
+    if plan.cope is None:
+        return scratch
+    packed = registers.packed_shape(rows, keys, layout.dtype)
+    stages = ForwardStages(
+        next_logits=tile,
+        next_gate_logits=tile if plan.cope.own_gate_key else None,
+        negative_logits=tile,
+        lane_prefix=tile,
+        lane_total=lanes,
+        count_before_lane=lanes,
+        lane_minimum=lanes,
+        next_shrink=lanes,
+        shrink=lanes,
+        weights=pltpu.VMEM(packed.shape, packed.dtype),
+    )
+    return scratch._replace(
+        carry=lanes,
+        saved_carries=pltpu.VMEM((layout.carry_groups, rows, LANES), jnp.float32),
+        tables=table_scratch(plan),
+        stages=stages,
+    )
 
 
 def _part(layout: Layout, span: Span, walked: Array) -> Array:

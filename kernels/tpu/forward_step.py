@@ -7,14 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Ref
-from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.common import MASKED
-from posjax.kernels.tpu import registers, relative
+from posjax.kernels.tpu import registers
 from posjax.kernels.tpu.arrays import Inputs
-from posjax.kernels.tpu.layout import Layout
 from posjax.kernels.tpu.plan import LANES, Plan
-from posjax.kernels.tpu.tables import TableScratch, table_scratch
+from posjax.kernels.tpu.tables import TableScratch
 from posjax.kernels.tpu.tiles import Chunks, Tile
 from posjax.types import Array, Float, Num
 
@@ -23,7 +21,6 @@ __all__ = [
     "ForwardStages",
     "ForwardStep",
     "add_values",
-    "forward_scratch",
     "save_carry",
     "softmax_weights",
 ]
@@ -72,37 +69,6 @@ class ForwardScratch(NamedTuple):
     tables: TableScratch | None = None
     stages: ForwardStages | None = None
     band: Float[Ref, "band 128"] | None = None
-
-
-def forward_scratch(plan: Plan, layout: Layout) -> ForwardScratch:
-    """Shapes of the memory."""
-    rows, keys = plan.blocks.query, plan.blocks.key
-    lanes, tile = (pltpu.VMEM((rows, size), jnp.float32) for size in (LANES, keys))
-    output = pltpu.VMEM((rows, layout.value_size), jnp.float32)
-    scratch = ForwardScratch(maximum=lanes, total=lanes, output=output)
-    if plan.relative:
-        scratch = scratch._replace(band=relative.band_scratch(plan))
-    if plan.cope is None:
-        return scratch
-    packed = registers.packed_shape(rows, keys, layout.dtype)
-    stages = ForwardStages(
-        next_logits=tile,
-        next_gate_logits=tile if plan.cope.own_gate_key else None,
-        negative_logits=tile,
-        lane_prefix=tile,
-        lane_total=lanes,
-        count_before_lane=lanes,
-        lane_minimum=lanes,
-        next_shrink=lanes,
-        shrink=lanes,
-        weights=pltpu.VMEM(packed.shape, packed.dtype),
-    )
-    return scratch._replace(
-        carry=lanes,
-        saved_carries=pltpu.VMEM((layout.carry_groups, rows, LANES), jnp.float32),
-        tables=table_scratch(plan),
-        stages=stages,
-    )
 
 
 class ForwardStep(NamedTuple):

@@ -35,7 +35,7 @@ def tuner(monkeypatch):
 def interpreter():
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("the interpreter came with jax 0.11.2")
-    from posjax.kernels.platforms import interpreted_gpu
+    from posjax.kernels.interpreters import interpreted_gpu
 
     with interpreted_gpu(plgpu.InterpretGPUParams()):
         yield

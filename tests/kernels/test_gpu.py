@@ -30,7 +30,7 @@ CASE = Case(
 
 @pytest.fixture
 def interpreter():
-    from posjax.kernels.platforms import interpreted_gpu
+    from posjax.kernels.interpreters import interpreted_gpu
 
     with interpreted_gpu(plgpu.InterpretGPUParams(detect_races=True)):
         yield

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from posjax.kernels.gpu.tables import tables
-from posjax.kernels.platforms import interpreted_gpu
+from posjax.kernels.interpreters import interpreted_gpu
 from tests.cases import problem, run_with_gradients
 from tests.conftest import has_hopper
 from tests.kernels import gpu_steps
