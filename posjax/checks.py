@@ -209,7 +209,8 @@ def choice(name: str, value: Any, allowed: Any, *, optional: bool = False) -> An
 
 def flag(name: str, value: Any) -> bool:
     """True or False, and nothing that is merely equal to one of them."""
-    require(name, value, isinstance(value, bool | np.bool_), "True or False")
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} is {value!r}; it must be True or False.")
     return value
 
 

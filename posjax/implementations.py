@@ -125,8 +125,13 @@ def choose(problem: Problem, implementation: str | Sequence[str] | None) -> Impl
         NotImplementedError: everything that was asked for refuses.
     """
     if implementation is None:
-        return next(row for row in IMPLEMENTATIONS if row.declines(problem) is None)
-    wanted = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+        able = (row for row in IMPLEMENTATIONS if row.declines(problem) is None)
+        chosen = next(able, None)
+        if chosen is None:
+            raise NotImplementedError(_no_other(problem))
+        return chosen
+    several = isinstance(implementation, list | tuple)
+    wanted = tuple(implementation) if several else (implementation,)
     rows, refused = _named(), []
     if not wanted or any(name not in rows for name in wanted):
         known = ", ".join(f'"{name}"' for name in rows)
@@ -139,8 +144,7 @@ def choose(problem: Problem, implementation: str | Sequence[str] | None) -> Impl
         if reason is None:
             return rows[name]
         refused.append(reason)
-    able = "xla" if rows["xla"].refuses(problem) is None else "reference"
-    raise NotImplementedError(f'{"; ".join(refused)}; use implementation="{able}".')
+    raise NotImplementedError(_no_other(problem, refused))
 
 
 def reasons(problem: Problem) -> dict[str, str | None]:
@@ -178,3 +182,10 @@ def note(chosen: Implementation, problem: Problem) -> None:
 def _named() -> dict[str, Implementation]:
     """The table by name."""
     return {row.name: row for row in IMPLEMENTATIONS}
+
+
+def _no_other(problem: Problem, refused: Sequence[str] = ()) -> str:
+    """The message when everything that was asked for refuses: the reasons, and one that can."""
+    able = "xla" if _named()["xla"].refuses(problem) is None else "reference"
+    why = refused or [reason for reason in reasons(problem).values() if reason is not None]
+    return f'{"; ".join(why)}; use implementation="{able}".'

@@ -12,6 +12,7 @@ import posjax.kernels.blocks
 from posjax import ContextualBias, dot_product_attention
 from tests import tolerances
 from tests.cases import BIASES, Case, arrays, dense_narrow, run, run_with_gradients, with_gradients
+from tests.goldens import values
 
 IMPLEMENTATIONS = ["xla"]
 BLOCK_Q, BLOCK_K = 8, 16
@@ -39,8 +40,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(posjax.kernels.blocks, "blockwise_sizes", lambda queries, keys: sizes)
 
 
-def check(case: Case, implementation: str) -> None:
-    """Values and gradients equal the reference's within the table of tolerances."""
+def check(case: Case, implementation: str) -> dict:
+    """Values and gradients equal the reference's within the table of tolerances; these values."""
     inputs, params = arrays(case)
     want, want_grads = run_with_gradients(case, inputs, params, "reference")
     got, got_grads = run_with_gradients(case, inputs, params, implementation)
@@ -54,6 +55,7 @@ def check(case: Case, implementation: str) -> None:
         np.testing.assert_allclose(
             g, w, rtol=0, atol=tolerances.GRADIENT[case.dtype] * size, err_msg=name
         )
+    return {"gradients": got_grads, "output": got}
 
 
 def _matrix():
@@ -72,7 +74,9 @@ def test_matrix_of_restrictions(bias, restriction, implementation):
         with pytest.raises(ValueError, match="is_causal=True"):
             run(case, *arrays(case), implementation)
     else:
-        check(case, implementation)
+        found = check(case, implementation)
+        if case == Case(bias=bias):
+            values.compare(found, f"bias {bias}", f"plain {implementation}")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -5,42 +5,28 @@
     python -m tests.goldens.make_values --against OLD.json   compares bit for bit, on one machine
 
 A change that moves no mathematics leaves the bits as they are on one machine with one version of
-jax. Elsewhere the last digits differ, and `tests/encodings/test_all.py` compares with tolerances.
+jax. Elsewhere the last digits differ; the suites of encodings and of attention compare the numbers
+with tolerances (`tests.goldens.values.compare`).
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 import posjax.kernels.blocks
 from posjax.kernels.blocks import Blocks
 from tests import cases
 from tests.encodings import test_all
+from tests.goldens.values import FILE, summary
 
-FILE = Path(__file__).with_name("values.json")
 RESTRICTIONS = {
     "plain": {},
     "everything": {"segments": True, "window": (9, 0), "mask": True},
     "offset": {"queries": 20, "keys": 47, "offset": True},
 }
-
-
-def summary(tree) -> dict:
-    """A digest of all bits, and two numbers of each array: norm and a product with a fixed wave."""
-    digest, numbers = hashlib.sha256(), {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf, np.float32)
-        digest.update(array.tobytes())
-        flat = array.reshape(-1).astype(np.float64)
-        wave = np.cos(np.arange(flat.size))
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        numbers[key] = [round(float(x), 6) for x in (np.linalg.norm(flat), flat @ wave)]
-    return {"digest": digest.hexdigest()[:16], "numbers": numbers}
 
 
 def of_encoding(name: str) -> dict:
