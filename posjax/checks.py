@@ -308,7 +308,7 @@ def fields(
     Args:
         owner: an instance of a dataclass, such as a Linen module.
         prefix: what names in messages begin with; None: the class and a space.
-        empty: tuples that may be empty.
+        empty: tuples with limits that may be empty; those without limits may.
         limits: ranges of settings by name; in a tuple of numbers, for each of them.
 
     >>> @dataclasses.dataclass
@@ -323,7 +323,8 @@ def fields(
     if unknown := limits.keys() - _checked(cls).keys():
         raise TypeError(f"{cls.__name__} has no such number: {min(unknown)}.")
     for name, check in _checked(cls).items():
-        check(prefix + name, getattr(owner, name), limits.get(name, _ANY), name in empty)
+        may_be_empty = name in empty or name not in limits
+        check(prefix + name, getattr(owner, name), limits.get(name, _ANY), may_be_empty)
 
 
 @functools.cache

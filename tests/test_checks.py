@@ -251,6 +251,25 @@ def test_fields_of_a_linen_module():
         Layer(0)
 
 
+def test_a_base_class_does_not_narrow_what_may_be_empty():
+    @dataclasses.dataclass(frozen=True)
+    class Base:
+        def __post_init__(self):
+            checks.fields(self)
+
+    @dataclasses.dataclass(frozen=True)
+    class Tokens(Base):
+        tokens: tuple[int, ...] = ()
+
+        def __post_init__(self):
+            checks.fields(self, empty=("tokens",), tokens=at_least(0))
+            super().__post_init__()
+
+    assert Tokens().tokens == ()
+    with pytest.raises(ValueError, match=r"it must be a tuple of integers, each at least 0\."):
+        Tokens((-1,))
+
+
 def test_limits_for_no_field_are_a_mistake_of_the_programmer():
     with pytest.raises(TypeError, match="Settings has no such number: widht"):
         checks.fields(Settings(), widht=at_least(1))

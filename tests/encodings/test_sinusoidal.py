@@ -117,5 +117,5 @@ def test_fractions_lie_between():
 
 
 def test_an_odd_width_is_refused():
-    with pytest.raises(ValueError, match="width is 7; it must be even"):
+    with pytest.raises(ValueError, match="width is 7; it must be at least 2 and even"):
         embed(Sinusoidal(), jnp.zeros((1, 1, 7)), jnp.zeros((1, 1), jnp.int32))
