@@ -40,7 +40,8 @@ named: list[str] = posjax.encodings.names()
 graph = posjax.graphs.LapPE
 kernelized = posjax.kernelized.kernelized_attention
 task = SelectiveCopy(symbols=4)
-config = Config("mine", task, TransformerConfig(), posjax.CoPE(), train=TrainConfig(9, batch_size=4))
+steps = TrainConfig(steps=9, batch_size=4)
+config = Config("mine", task, TransformerConfig(), posjax.CoPE(), train=steps)
 train = fit
 continue_text = generate
 '''

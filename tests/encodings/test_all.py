@@ -28,6 +28,7 @@ from posjax.encodings.rotary import Rotary
 from posjax.encodings.stream import StreamEncoding, stream_of
 from posjax.models import Transformer, TransformerConfig, init_cache
 from posjax.positions import LengthError, segment_positions, sequence_positions
+from tests.goldens import values as goldens
 
 VARIANTS = [name for name in registry.names() if "." in name]
 FILES = [name for name in registry.names() if name not in VARIANTS and name != "nope"]
@@ -151,6 +152,7 @@ def test_is_a_configuration(name):
 @every
 def test_implementations_agree_in_values_and_gradients(name):
     dense, output = gradients(name, "reference")
+    goldens.compare({"gradients": dense, "logits": output}, f"encoding {name}", "reference")
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(dense))
     for inside, values in of_encoding(dense).items():
         assert any(np.any(x) for x in values), inside
