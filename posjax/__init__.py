@@ -25,6 +25,7 @@ from posjax.biases.sum import BiasSum as BiasSum
 from posjax.biases.tables import ClippedTableBias as ClippedTableBias
 from posjax.biases.tables import MultiplierBias as MultiplierBias
 from posjax.implementations import implementations_used as implementations_used
+from posjax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     # What editors and type checkers see; `__getattr__` gives it when it is asked for.
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from posjax import tasks as tasks
     from posjax import training as training
     from posjax.encodings import *  # noqa: F403
-
-__version__ = "0.1.0"
 
 # Submodules that users reach as attributes; tests/test_package.py compares with the lines above.
 _SUBMODULES = (

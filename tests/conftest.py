@@ -2,9 +2,14 @@
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 # Before the first import of jax. Workers share a GPU, so none may take all of its memory.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that tests start run this clone, also if another one is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # libtpu as a compiler on a machine without a TPU: ask no server, let several workers load it.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

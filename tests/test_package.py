@@ -28,9 +28,14 @@ SOURCES = {"posjax": "posjax", "kernels": "posjax.kernels"}
 HEAVY = {"flax", "orbax", "optax", "grain", "matplotlib", "tensorboardX", "tyro"}
 
 
-def run(*command: object, cwd: Path) -> str:
-    """Output of a command; a failure shows what it printed."""
+def run(*command: object, cwd: Path, path: Path | None = None) -> str:
+    """Output of a command; a failure shows what it printed.
+
+    Args:
+        path: where it looks for modules before the installed ones.
+    """
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    clean |= {} if path is None else {"PYTHONPATH": str(path)}
     process = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=clean, capture_output=True, text=True
     )
@@ -117,7 +122,8 @@ def test_import_is_light_and_starts_no_backend(tmp_path):
         from jax._src import xla_bridge
         print(xla_bridge.backends_are_initialized(), *{name.split(".")[0] for name in sys.modules})
     """
-    started, *modules = run(sys.executable, "-c", textwrap.dedent(script), cwd=tmp_path).split()
+    command = sys.executable, "-c", textwrap.dedent(script)
+    started, *modules = run(*command, cwd=tmp_path, path=ROOT).split()
     assert started == "False"
     assert "jax" in modules
     assert HEAVY.isdisjoint(modules)
@@ -184,6 +190,6 @@ def test_every_dependency_is_used():
 
 
 def test_citation_and_changelog_name_the_version():
-    version = re.search(r'__version__ = "(.+)"', (ROOT / "posjax/__init__.py").read_text())[1]
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "posjax/version.py").read_text())[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -10,10 +10,10 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-import posjax
 from posjax.tasks import Task
 from posjax.training.config import Config, as_json
 from posjax.training.evaluate import Evaluation
+from posjax.version import __version__
 
 __all__ = ["environment", "format_value", "make_report", "report_table", "show_report"]
 
@@ -63,7 +63,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **versions,
-            "posjax": posjax.__version__,
+            "posjax": __version__,
         },
         "device": {
             "platform": device.platform,
@@ -78,7 +78,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the checkout that posjax comes from, with "+changes" if files differ."""
-    root = Path(posjax.__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
 
