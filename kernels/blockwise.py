@@ -132,7 +132,7 @@ class _Local(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What the backward pass knows of one block of queries."""
+    """The arrays that the backward pass has of one block of queries."""
 
     cotangent: Num[Array, "B N t E"]
     lse: Float[Array, "B N t"]

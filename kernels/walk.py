@@ -117,7 +117,7 @@ class Walk:
         )
 
     def inputs(self, index: Array, carry: PyTree) -> Inputs:
-        """What block `index` depends on."""
+        """The inputs of block `index`."""
         bias = None if self.bias is None else self.bias.block(*self.where(index))
         return Inputs(self.block.query, self.keys(self.key, index), self.rows, bias, carry)
 
@@ -134,7 +134,7 @@ class Walk:
         return self.static.scale * tile.dots + bias, carry
 
     def tile(self, index: Array, inputs: Inputs) -> Tile:
-        """What the bias of block `index` may depend on."""
+        """The inputs of the bias of block `index`."""
         block = self.mask.block(*self.where(index))
         positions = block.query.positions, block.key.positions
         product = dots(inputs.query, inputs.key)
@@ -147,7 +147,7 @@ class Walk:
     def weigh(
         self, index: Array, inputs: Inputs, weights: Array, size: int
     ) -> Float[Array, "B N t E"]:
-        """What the bias adds to the weighted values of `size` channels."""
+        """The addition of the bias to the weighted values of `size` channels."""
         added = self.described(index, inputs).weigh(inputs.rows, self.tile(index, inputs), weights)
         return widened(added, size)
 

@@ -1,4 +1,4 @@
-"""What position encodings add to the logits, described instead of built; see `posjax.biases.base`.
+"""Biases: additions to the logits, described instead of built; see `posjax.biases.base`.
 
 | file       | descriptions                                                                        |
 |------------|-------------------------------------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""What a position encoding adds to the logits, described instead of built.
+"""Biases: additions to the logits, described instead of built.
 
 A description is a small pytree. `dense` is its specification: the [B, N, T, S] array it stands for,
 for tests and plots. The other methods let an attention kernel compute any block of that array
@@ -33,7 +33,7 @@ __all__ = ["ArrayBias", "Bias", "Tile", "as_bias", "check_positions", "parts_of"
 
 
 class Tile(NamedTuple):
-    """What a block of the bias may depend on."""
+    """Everything that a block of the bias may depend on."""
 
     query: Num[Array, "B N t H"]
     dots: Float[Array, "B N t s"]  # query . key in float32, unscaled

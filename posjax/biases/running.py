@@ -30,7 +30,7 @@ class _RunningSum(Bias):
     def steps(
         self, dots: Array, allowed: Array, current: Array, scale: float
     ) -> tuple[Float[Array, "B N t s"], Float[Array, "#B #N t s"]]:
-        """What key k adds to the sum, and what is added to the bias of key j alone."""
+        """The addition of key k to the sum, and that to the bias of key j alone."""
         raise NotImplementedError
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):

@@ -78,7 +78,7 @@ class ScaledBias(Bias):
         return self.factor * block, carry
 
     def weigh(self, rows, tile, weights):
-        """What the inner description adds."""
+        """The addition of the inner description."""
         return self.bias.weigh(rows, self._original_tile(tile), weights)
 
     def finished(self, carry):

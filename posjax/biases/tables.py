@@ -65,7 +65,7 @@ def _take(rows: Array, index: Array) -> Array:
 
 
 class _ByDistance(Bias):
-    """What the descriptions of this file share: positions of their own, dense from one tile."""
+    """The base of the descriptions of this file: their own positions, dense from one tile."""
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The whole array, as one block."""

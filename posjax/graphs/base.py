@@ -1,4 +1,4 @@
-"""What an encoding of places in a graph is: vectors for the nodes, from the adjacency matrix."""
+"""The base of encodings of places in a graph: vectors for the nodes, from the adjacency matrix."""
 
 from typing import ClassVar
 

@@ -72,7 +72,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """What a model is trained on and how it is scored.
+    """Data to train a model on, and how it is scored.
 
     A task is a frozen dataclass: its fields are its settings, in config files and on the command
     line. A new task is one module in this folder with one subclass, which gives `vocabulary`,

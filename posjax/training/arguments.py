@@ -32,7 +32,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @functools.cache
 def field_help(cls: type) -> dict[str, str]:
-    """What a class says about its fields: in strings below them, or in its docstring."""
+    """The documentation of a class's fields: in strings below them, or in its docstring."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("posjax") and dataclasses.is_dataclass(base):

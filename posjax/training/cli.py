@@ -130,7 +130,7 @@ def _has(words: list[str], option: str) -> bool:
 
 
 def _value(words: list[str], option: str) -> str | None:
-    """What follows an option: the encoding has to be known before tyro reads its fields."""
+    """The word after an option: the encoding has to be known before tyro reads its fields."""
     value = None
     for word, after in itertools.pairwise([*words, "--"]):
         if word.startswith(f"{option}="):

@@ -1,4 +1,4 @@
-"""What a run is: task, model, encoding, optimizer and training as one frozen dataclass.
+"""A run as data: task, model, encoding, optimizer and training as one frozen dataclass.
 
 The objects are the configuration: `task` is the task that is trained, `encoding` the module that is
 used.

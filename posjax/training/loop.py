@@ -185,7 +185,7 @@ class _Trainer:
         self.checkpoints.save(state, self.batches.get_state(), meta)
 
     def _checked(self, fetch: Any) -> Any:
-        """What `fetch` gives; an error says what to try."""
+        """The result of `fetch`; an error says what to try."""
         try:
             return fetch()
         except NonFiniteLossError as error:

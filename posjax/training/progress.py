@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live bar, or a few plain lines where there is no terminal."""
+"""The progress of a run: a live bar, or a few plain lines if there is no terminal."""
 
 from datetime import timedelta
 

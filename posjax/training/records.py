@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl and TensorBoard."""
+"""Files that a run writes while it trains: metrics.jsonl and TensorBoard."""
 
 import json
 import os

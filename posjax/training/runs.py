@@ -47,7 +47,7 @@ def create_run(directory: Path, config: dict[str, Any]) -> None:
 
 
 def taken_text(directory: Path) -> str:
-    """What to do about a folder that is taken."""
+    """Advice about a folder that is taken."""
     return (
         f"{directory} exists, and runs are never overwritten. Give --resume to go on with it "
         f"(a finished run shows its report again), or --name {free_name(directory)} for a new one, "
