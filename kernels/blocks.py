@@ -125,7 +125,7 @@ def tpu_sizes(queries: int, keys: int, relative: bool = False) -> TpuBlocks:
         relative: whether there is a relative bias, which wants a power of two of keys, and as many
             keys as queries.
     """
-    fastest = fastest_tpu_sizes()
+    fastest = _FASTEST[tpu_generation() or 6]
     query = min(fastest.query, _rounded(queries, 128))
     # Of the sizes that pad least the largest; padding is work too.
     sizes = [size for size in (2048, 1536, 1024, 768, 512, 384, 256, 128) if size <= fastest.key]

@@ -52,19 +52,17 @@ class Implementation:
 
     def refuses(self, problem: Problem) -> str | None:
         """The reason why it cannot solve the problem here; None if it can."""
-        kind, found = self.platform, platform()
-        if kind is not None and kind != found and not interpreters.is_interpreted(kind):
-            return f"the {kind.upper()} kernels need {kind.upper()}s, and the devices are {found}s"
-        return self.load().refuses(problem)
+        return self.load().refuses(problem) or self._lacks_devices()
 
     def declines(self, problem: Problem) -> str | None:
         """The reason why it is not chosen by itself; None if it is."""
         if self.only_by_name is not None:
             return self.only_by_name
-        queries = problem.query.shape[1]
-        if queries < self.fewest_queries and platform() == self.platform:
+        # Asked before the module is imported.
+        lacking, queries = self._lacks_devices(), problem.query.shape[1]
+        if lacking is None and queries < self.fewest_queries:
             return f"{queries} queries; {self.name} pays from {self.fewest_queries} on"
-        return self.refuses(problem)
+        return lacking or self.load().refuses(problem)
 
     def label(self, problem: Problem) -> str:
         """Its name, with that of `instead` where only the running program knows."""
@@ -81,6 +79,13 @@ class Implementation:
         if isinstance(holds, jax.core.Tracer):
             return jax.lax.cond(holds, *ways, problem)
         return ways[0 if holds else 1](problem)
+
+    def _lacks_devices(self) -> str | None:
+        """The reason why the devices cannot run it; None if they can."""
+        kind, found = self.platform, platform()
+        if kind is None or kind == found or interpreters.is_interpreted(kind):
+            return None
+        return f"the {kind.upper()} kernels need {kind.upper()}s, and the devices are {found}s"
 
     def _holds(self, problem: Problem) -> Any:
         """True, or a boolean array."""

@@ -26,7 +26,9 @@ def compiled_step(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    key = jax.random.key(0)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the chips that it is traced for
+        params = jax.eval_shape(model.init, key, tokens)["params"]
     params = jax.tree.map(lambda x: place(x, jax.P()), nn.unbox(params))
 
     def loss(params, tokens):

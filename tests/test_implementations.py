@@ -30,11 +30,12 @@ def described(platform: str):
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
 def test_explain_raises_what_the_call_raises(name, jitted):
     call = lambda q: dot_product_attention(q, q, q, implementation=name)  # noqa: E731
+    query = QUERY.astype(jnp.bfloat16)
     words = f"the {name.upper()} kernels need {name.upper()}s, and the devices are cpus; use"
     with pytest.raises(NotImplementedError, match=words) as by_call:
-        (jax.jit(call) if jitted else call)(QUERY)
+        (jax.jit(call) if jitted else call)(query)
     with pytest.raises(NotImplementedError) as by_explain:
-        explain(QUERY, QUERY, QUERY, implementation=name)
+        explain(query, query, query, implementation=name)
     assert str(by_call.value) == str(by_explain.value)
 
 
@@ -52,7 +53,7 @@ def test_of_several_names_the_first_that_can():
     assert used == ["xla", "reference"]
     assert explain(QUERY, QUERY, QUERY, implementation=("tpu", "jax")).splitlines()[0] == "jax"
     with pytest.raises(NotImplementedError, match=r"TPUs.*GPUs.*use implementation="):
-        dot_product_attention(QUERY, QUERY, QUERY, implementation=("tpu", "gpu"))
+        dot_product_attention(*[QUERY.astype(jnp.bfloat16)] * 3, implementation=("tpu", "gpu"))
 
 
 @pytest.mark.parametrize("wrong", ["flash", (), ("xla", "flash"), 3, (3,), ["xla", None]])

@@ -78,8 +78,8 @@ class _Trainer:
         optimizer = make_optimizer(config.optimizer, schedule)
         self.start = (self.model, optimizer, config.task.length, config.seed, self.mesh)
         # Errors of the model, before there is a folder.
-        self.target = abstract_state(*self.start)
         self.attention = self._implementations()
+        self.target = abstract_state(*self.start)
         self.batches = iter(
             train_dataset(
                 config.task,

@@ -265,5 +265,8 @@ def test_explain():
     assert found["jax"].startswith("ContextualBias")
     plain = posjax.explain(query, query, query, is_causal=True).splitlines()
     assert plain[0] == "jax"
-    asked = posjax.explain(query, query, query, bias, is_causal=True, implementation="gpu")
+    device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
+    described = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(described):
+        asked = posjax.explain(query, query, query, bias, is_causal=True, implementation="gpu")
     assert asked.splitlines()[0] == "gpu"
