@@ -140,7 +140,7 @@ def test_irregular_positions_are_done_another_way(interpreter, monkeypatch):
     inputs, params = problem(case)
     positions = jnp.arange(128) + jnp.arange(128) // 7
     settings = {"query_positions": positions, "key_positions": positions}
-    monkeypatch.setattr("posjax.kernels.gpu.attention._by_kernels", pytest.fail)
+    monkeypatch.setattr("posjax.kernels.gpu.attention.run", pytest.fail)
     want = run(case, inputs, params, "xla", **settings)
     np.testing.assert_array_equal(run(case, inputs, params, "gpu", **settings), want)
 

@@ -45,6 +45,7 @@ def small_blocks(monkeypatch):
 def plain_interpreter(monkeypatch):
     """Pallas' own interpreter, which checks less and can stand inside other transformations."""
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr("posjax.kernels.interpreters.is_interpreted", lambda kind: True)
 
 
 @pytest.fixture(autouse=True)
@@ -283,7 +284,7 @@ def test_positions_of_a_relative_bias(name, jitted, monkeypatch, plain_interpret
     assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-4)
     want = gradient(inputs, params, own, "reference")
     if not jitted:  # the other way is not even traced
-        name = "distances.blockwise.attention" if regular else "tpu.attention._by_kernels"
+        name = "blockwise.run" if regular else "tpu.attention.run"
         monkeypatch.setattr(f"posjax.kernels.{name}", pytest.fail)
     assert_close(gradient(inputs, params, own, "tpu"), want)
 
