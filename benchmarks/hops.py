@@ -8,6 +8,7 @@ The call is traced, not run, for devices that are described.
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 import posjax
 
@@ -89,9 +91,20 @@ def count(function, end: tuple[str, str] | None) -> Hops:
 THIS = Path(__file__).resolve()
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Counts functions and files from `dot_product_attention` to each kernel.
+
+    Args:
+        length: tokens.
+    """
+
+    length: int = 1024
+
+
+def main(settings: Settings) -> None:
     """Prints a table."""
-    query = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((1, settings.length, 2, 128), jnp.bfloat16)
     table = jax.ShapeDtypeStruct((64, 128), jnp.float32)
     print("| implementation | bias | calls | functions | files | depth |")
     print("|---|---|---|---|---|---|")
@@ -113,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Settings))

@@ -71,7 +71,7 @@ def interleave(x: Array, axis: int, plan: Plan) -> Array:
     Neighbours in the sequence then lie in the same lane of different registers, and a running sum
     over them is an addition of registers. Attention does not mind the order of keys.
 
-    >>> from posjax.kernels.host import CopeSettings, Settings
+    >>> from posjax.kernels.blocks import TpuBlocks
     >>> plan = Plan(1.0, TpuBlocks(128, 256), 1, True, None, False, None)
     >>> interleave(jnp.arange(256), 0, plan)[jnp.array([0, 1, 128, 129])].tolist()
     [0, 2, 1, 3]
