@@ -65,7 +65,7 @@ class Implementation:
         return lacking or self.load().refuses(problem)
 
     def label(self, problem: Problem) -> str:
-        """Its name, with that of `instead` where only the running program knows."""
+        """Its name, with that of `instead` if only the running program knows which of them runs."""
         holds = self._holds(problem)
         if isinstance(holds, jax.core.Tracer):
             return f"{self.name} or {self.instead}"

@@ -102,7 +102,7 @@ def digit_run_positions(
 
 
 class _Runs(NamedTuple):
-    """Where the stretch of positions that rise by 1 begins and ends, for each token of it."""
+    """First and last index of the stretch of positions that rise by 1, for each token of it."""
 
     first: Int[Array, "B T"]
     last: Int[Array, "B T"]
