@@ -23,8 +23,13 @@ import jax.numpy as jnp
 from posjax.biases.base import Bias
 from posjax.kernels import blocks as sizes
 from posjax.kernels.blocks import Blocks
-from posjax.kernels.common import Softmax, dots, transposed_sum
+from posjax.kernels.common import Attended, Softmax, dots, transposed_sum
+from posjax.kernels.derivatives import resolved, with_gradients
+from posjax.kernels.varying import varying_axes, varying_over
 from posjax.kernels.walk import (
+    Arrays,
+    Fixed,
+    Inputs,
     QueryBlock,
     Static,
     Walk,
@@ -34,6 +39,7 @@ from posjax.kernels.walk import (
     query_blocks,
     split_bias,
 )
+from posjax.precision import wide, wide_type
 from posjax.problem import Problem
 from posjax.types import Array, Float, Num, PyTree
 
@@ -45,75 +51,118 @@ def refuses(problem: Problem) -> str | None:
     return None if problem.bias is None else problem.bias.only_dense
 
 
-def run(problem: Problem, blocks: Blocks | None = None) -> Num[Array, "B T N E"]:
+def run(problem: Problem, blocks: Blocks | None = None) -> Attended:
     """Blockwise attention; a query that may attend to nothing gives 0.
+
+    Inside a `jax.shard_map` of the caller, the result varies over every axis over which some input
+    does. float64 inputs are computed in float64.
 
     Args:
         blocks: None: those of `kernels.blocks`.
     """
-    query, key, value = problem.query, problem.key, problem.value
-    bias, mask = problem.bias, problem.mask
+    problem = varying_over(varying_axes(problem), problem)
+    query, key = problem.query, problem.key
     if blocks is None:
         blocks = sizes.blockwise_sizes(query.shape[1], key.shape[1])
-    length = query.shape[1]
-    queries, keys = -length % blocks.query, -key.shape[1] % blocks.key
-    if queries or keys:
-        bias = None if bias is None else bias.pad(queries, keys)
-        mask = mask.pad(queries, keys)
-    query = _heads_first(query, queries)
-    key, value = _heads_first(key, keys), _heads_first(value, keys)
-    output = _attention(Static(problem.scale, blocks), query, key, value, *split_bias(bias), mask)
-    return jnp.swapaxes(output, 1, 2)[:, :length]
+    queries, keys = _padding(query.shape[1], blocks.query), _padding(key.shape[1], blocks.key)
+    result = _attention(*_arguments(problem, blocks, queries, keys))
+    output, log_sum_exp = (jnp.swapaxes(x, 1, 2)[:, : query.shape[1]] for x in result)
+    return Attended(output, log_sum_exp)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, query, key, value, bias, fixed, mask):
-    return _attention_fwd(static, query, key, value, bias, fixed, mask)[0]
+def _padding(length: int, size: int) -> int:
+    """Up to whole blocks; written so that JAX can divide symbolic lengths by the size."""
+    return _blocks(length, size) * size - length
 
 
-def _attention_fwd(static: Static, query, key, value, bias, fixed, mask):
+def _blocks(length: int, size: int) -> int:
+    return (length + size - 1) // size
+
+
+def _arguments(
+    problem: Problem, blocks: Blocks, queries: int, keys: int
+) -> tuple[Static, Arrays, Fixed]:
+    """Those of `_attention`: padded to whole blocks, heads before lengths."""
+    bias, mask, dropout, scale = problem.bias, problem.mask, problem.dropout, problem.scale
+    if not (isinstance(queries, int) and isinstance(keys, int) and queries == keys == 0):
+        bias, mask, dropout = (
+            None if x is None else x.pad(queries, keys) for x in (bias, mask, dropout)
+        )
+    floating, others = split_bias(bias)
+    is_known = isinstance(scale, float)
+    arrays = Arrays(
+        _heads_first(problem.query, queries),
+        _heads_first(problem.key, keys),
+        _heads_first(problem.value, keys),
+        floating,
+        None if is_known else scale,
+    )
+    static = Static(scale if is_known else None, problem.soft_cap, blocks)
+    return static, arrays, Fixed(others, mask, dropout)
+
+
+class _Kept(NamedTuple):
+    """The forward pass's results for the backward pass; the log-sum-exp of an empty row is inf."""
+
+    output: Float[Array, "B N T E"]
+    lse: Float[Array, "B N T"]
+
+
+def _forward(
+    static: Static, arrays: Arrays, fixed: Fixed
+) -> tuple[tuple[Num[Array, "B N T E"], Float[Array, "B N T"]], _Kept]:
     def one_block(block: QueryBlock):
-        walk = Walk.begin(static, block, key, bias, fixed, mask)
-        state = Softmax.start((*block.query.shape[:3], value.shape[3]))
+        walk = Walk.begin(static, block, arrays, fixed)
+        shape, dtype = (*block.query.shape[:3], arrays.value.shape[3]), block.query.dtype
+        state = walk.like_arrays(Softmax.start(shape, wide_type(dtype)))
         index = block.last
         if walk.has_state:
-            state, index = _forward_head(walk, value, state)
+            state, index = _forward_head(walk, state)
         if not walk.zero_once_finished:
-            state = _forward_tail(walk, value, state, index)
+            state = _forward_tail(walk, state, index)
         return state.result(walk.uses_softmax)
 
-    output, lse = jax.lax.map(one_block, query_blocks(static, query, mask))
+    output, lse = jax.lax.map(one_block, query_blocks(static, arrays.query, fixed.mask))
     output, lse = join(output), join(lse)
-    # The residual stays float32: a rounded output would tilt the gradients of a whole row.
-    return output.astype(query.dtype), (query, key, value, bias, fixed, mask, output, lse)
+    # `output` stays float32 there: a rounded one would tilt the gradients of a whole row.
+    kept = _Kept(output, jnp.where(lse == -jnp.inf, jnp.inf, lse))
+    return (output.astype(arrays.query.dtype), lse), kept
 
 
-def _forward_head(walk: Walk, value: Array, state: Softmax) -> tuple[Softmax, Array]:
+def _forward_head(walk: Walk, state: Softmax) -> tuple[Softmax, Array]:
     """Leftwards until the bias has finished; also the block to go on with."""
 
     def step(loop):
         index, state, carry = loop
-        inputs = walk.inputs(index, carry)
-        logits, carry = walk.logits(index, inputs)
-        weigh = walk.weighted(index, inputs, value)
-        return index - 1, state.update(logits, walk.allowed(index), weigh), carry
+        state, carry = _forward_tile(walk, index, state, carry)
+        return index - 1, state, carry
 
     loop = (walk.block.last, state, walk.carry())
     index, state, _ = jax.lax.while_loop(lambda loop: walk.going_on(loop[0], loop[2]), step, loop)
     return state, index
 
 
-def _forward_tail(walk: Walk, value: Array, state: Softmax, index: Array) -> Softmax:
+def _forward_tail(walk: Walk, state: Softmax, index: Array) -> Softmax:
     """The blocks from `index` leftwards, where the bias has no running state."""
 
     def step(loop):
         index, state = loop
-        inputs = walk.inputs(index, None)
-        logits, _ = walk.logits(index, inputs)
-        weigh = walk.weighted(index, inputs, value)
-        return index - 1, state.update(logits, walk.allowed(index), weigh)
+        return index - 1, _forward_tile(walk, index, state, None)[0]
 
     return jax.lax.while_loop(lambda loop: loop[0] >= walk.block.first, step, (index, state))[1]
+
+
+def _forward_tile(
+    walk: Walk, index: Array, state: Softmax, carry: PyTree
+) -> tuple[Softmax, PyTree]:
+    """The states after one block."""
+
+    def tile(inputs: Inputs, value: Array, state: Softmax) -> tuple[Softmax, PyTree]:
+        logits, carry = walk.logits(index, inputs)
+        weigh = walk.weighted(index, inputs, value)
+        return state.update(logits, walk.allowed(index), weigh), carry
+
+    return resolved(tile, walk.inputs(index, carry), walk.arrays.value, state)
 
 
 class _Sums(NamedTuple):
@@ -122,6 +171,7 @@ class _Sums(NamedTuple):
     key: Float[Array, "B K S H"]
     value: Float[Array, "B K S E"]
     bias: Bias | None
+    scale: Float[Array, ""] | None
 
 
 class _Local(NamedTuple):
@@ -139,35 +189,40 @@ class _Given(NamedTuple):
     delta: Float[Array, "B N t"]
 
 
-def _attention_bwd(static: Static, residuals, cotangent):
-    query, key, value, bias, fixed, mask, output, lse = residuals
-    delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=-1)
+def _backward(
+    static: Static, arrays: Arrays, fixed: Fixed, kept: _Kept, cotangents: tuple[Array, Array]
+) -> Arrays:
+    cotangent, of_lse = cotangents
+    delta = jnp.sum(wide(cotangent) * kept.output, axis=-1)
+    bias = arrays.bias
     if bias is not None and not bias.uses_softmax:
         delta = jnp.zeros_like(delta)  # weights do not compete: no weight lowers another one
-    given = _Given(*(cut(x, static.blocks.query) for x in (cotangent, lse, delta)))
+    # A larger log-sum-exp means larger logits, each by its weight.
+    delta = delta - of_lse
+    given = _Given(*(cut(x, static.blocks.query) for x in (cotangent, kept.lse, delta)))
 
     def one_block(sums: _Sums, inputs):
         block, given = inputs
-        walk = Walk.begin(static, block, key, bias, fixed, mask)
-        grads = sums, _Local(_zeros(block.query), _zeros(walk.rows))
+        walk = Walk.begin(static, block, arrays, fixed)
+        grads = sums, walk.like_arrays(_Local(_zeros(block.query), _zeros(walk.rows)))
         tail_end = block.last
         if walk.has_state:
             carries, tail_end = _saved_carries(walk)
         if not walk.zero_once_finished:
-            grads = _backward_tail(walk, value, given, grads, tail_end)
+            grads = _backward_tail(walk, given, grads, tail_end)
         if walk.has_state:
-            grads = _backward_head(walk, value, given, grads, tail_end, carries)
+            grads = _backward_head(walk, given, grads, tail_end, carries)
         return _finish_rows(walk, *grads)
 
-    sums = _Sums(_zeros(key), _zeros(value), _zeros(bias))
-    sums, dquery = jax.lax.scan(one_block, sums, (query_blocks(static, query, mask), given))
-    grads = jax.tree.map(
-        lambda x, d: d.astype(x.dtype), (query, key, value, bias), (join(dquery), *sums)
-    )
-    return *grads, None, None
+    sums = _Sums(*(_zeros(x) for x in (arrays.key, arrays.value, bias, arrays.scale)))
+    sums = varying_over(varying_axes(arrays.query), sums)
+    blocks = query_blocks(static, arrays.query, fixed.mask)
+    sums, dquery = jax.lax.scan(one_block, sums, (blocks, given))
+    grads = Arrays(join(dquery), sums.key, sums.value, sums.bias, sums.scale)
+    return jax.tree.map(lambda x, d: d.astype(x.dtype), arrays, grads)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention = with_gradients(_forward, _backward)
 
 
 def _saved_carries(walk: Walk) -> tuple[PyTree, Array]:
@@ -177,30 +232,30 @@ def _saved_carries(walk: Walk) -> tuple[PyTree, Array]:
         index, carry, saved = loop
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
         saved = jax.tree.map(put, saved, carry)
-        return index - 1, walk.logits(index, walk.inputs(index, carry))[1], saved
+        logits = lambda inputs: walk.logits(index, inputs)  # noqa: E731
+        return index - 1, resolved(logits, walk.inputs(index, carry))[1], saved
 
     carry = walk.carry()
-    blocks = walk.key.shape[2] // walk.static.blocks.key
+    blocks = walk.arrays.key.shape[2] // walk.static.blocks.key
     if blocks == 1:  # The running state before the only block is known.
         return jax.tree.map(lambda x: x[None], carry), walk.block.first - 1
     saved = jax.tree.map(lambda x: jnp.zeros((blocks, *x.shape), x.dtype), carry)
+    saved = walk.like_arrays(saved)
     loop = (walk.block.last, carry, saved)
     index, _, saved = jax.lax.while_loop(lambda loop: walk.going_on(loop[0], loop[1]), step, loop)
     return saved, index
 
 
-def _backward_tail(walk: Walk, value: Array, given: _Given, grads: tuple, end: Array) -> tuple:
+def _backward_tail(walk: Walk, given: _Given, grads: tuple, end: Array) -> tuple:
     """Adds the gradients of blocks first, ..., end, where the bias has no running state."""
 
     def step(index, grads):
-        return _backward_tile(walk, value, given, grads, index, None, None)[0]
+        return _backward_tile(walk, given, grads, index, None, None)[0]
 
     return jax.lax.fori_loop(walk.block.first, end + 1, step, grads)
 
 
-def _backward_head(
-    walk: Walk, value: Array, given: _Given, grads: tuple, end: Array, carries: PyTree
-) -> tuple:
+def _backward_head(walk: Walk, given: _Given, grads: tuple, end: Array, carries: PyTree) -> tuple:
     """Adds the gradients of blocks end + 1, ..., last; hands the state's cotangent rightwards."""
 
     def step(index, loop):
@@ -208,37 +263,42 @@ def _backward_head(
         carry = jax.tree.map(
             lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), carries
         )
-        return _backward_tile(walk, value, given, grads, index, carry, dcarry)
+        return _backward_tile(walk, given, grads, index, carry, dcarry)
 
     first = jnp.maximum(end + 1, walk.block.first)
-    return jax.lax.fori_loop(first, walk.block.last + 1, step, (grads, _zeros(walk.carry())))[0]
+    zeros = walk.like_arrays(_zeros(walk.carry()))
+    return jax.lax.fori_loop(first, walk.block.last + 1, step, (grads, zeros))[0]
 
 
 def _backward_tile(
-    walk, value, given: _Given, grads: tuple, index, carry, dcarry
+    walk: Walk, given: _Given, grads: tuple, index: Array, carry: PyTree, dcarry: PyTree
 ) -> tuple[tuple, PyTree]:
     """Adds one tile's gradients; also the running state's cotangent for the next on the right."""
     sums, local = grads
-    value_block, allowed = walk.keys(value, index), walk.allowed(index)
+    value, allowed = walk.arrays.value, walk.allowed(index)
     inputs = walk.inputs(index, carry)
     (logits, _), pull_back = jax.vjp(lambda x: walk.logits(index, x), inputs)
     weights = jnp.exp(logits - given.lse[..., None])
     weights = weights if allowed is None else jnp.where(allowed, weights, 0.0)
-    dweights = dots(given.cotangent, value_block)
+    kept, dweights = walk.kept(index, weights), dots(given.cotangent, walk.keys(value, index))
     if walk.has_values:
-        weigh = lambda x, weights: walk.weigh(index, x, weights, value.shape[3])  # noqa: E731
-        of_values, more = jax.vjp(weigh, inputs, weights)[1](given.cotangent.astype(jnp.float32))
+        weigh = lambda x, kept: walk.weigh(index, x, kept, value.shape[3])  # noqa: E731
+        of_values, more = jax.vjp(weigh, inputs, kept)[1](wide(given.cotangent))
         dweights += more
+    dweights = walk.kept(index, dweights)
     (d,) = pull_back((weights * (dweights - given.delta[..., None]), dcarry))
     if walk.has_values:
         d = jax.tree.map(jnp.add, d, of_values)
-    dvalue = transposed_sum(weights, given.cotangent, value.shape[1])
+    dvalue = transposed_sum(kept, given.cotangent, value.shape[1])
     query_start, _, key_start, _ = walk.where(index)
-    bias = None if d.bias is None else sums.bias.add_block(_float32(d.bias), query_start, key_start)
+    bias = None if d.bias is None else sums.bias.add_block(_wide(d.bias), query_start, key_start)
     sums = _Sums(
-        _add_keys(sums.key, d.key, key_start), _add_keys(sums.value, dvalue, key_start), bias
+        _add_keys(sums.key, d.key, key_start),
+        _add_keys(sums.value, dvalue, key_start),
+        bias,
+        None if d.scale is None else sums.scale + d.scale,
     )
-    local = jax.tree.map(jnp.add, local, _Local(_float32(d.query), d.rows))
+    local = jax.tree.map(jnp.add, local, _Local(wide(d.query), d.rows))
     return (sums, local), d.carry
 
 
@@ -246,10 +306,10 @@ def _finish_rows(walk: Walk, sums: _Sums, local: _Local) -> tuple[_Sums, Array]:
     """Pulls the gradients of the bias's rows back to the queries and to the bias."""
     if walk.rows is None:
         return sums, local.query
-    rows_of = lambda query, bias: merge_bias(bias, walk.fixed).rows(query)  # noqa: E731
+    rows_of = lambda query, bias: merge_bias(bias, walk.fixed.bias).rows(query)  # noqa: E731
     dquery, dbias = jax.vjp(rows_of, walk.block.query, walk.bias)[1](local.rows)
-    total = jax.tree.map(jnp.add, sums.bias, _float32(dbias))
-    return sums._replace(bias=total), local.query + _float32(dquery)
+    total = jax.tree.map(jnp.add, sums.bias, _wide(dbias))
+    return sums._replace(bias=total), local.query + wide(dquery)
 
 
 def _heads_first(x: Num[Array, "B T N H"], padding: int) -> Num[Array, "B N padded H"]:
@@ -262,12 +322,12 @@ def _add_keys(
 ) -> Float[Array, "B K S H"]:
     """`total` with `part` added to the keys from `start` on."""
     old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part.astype(jnp.float32), start, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + wide(part), start, axis=2)
 
 
 def _zeros(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, wide_type(x.dtype)), tree)
 
 
-def _float32(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+def _wide(tree: PyTree) -> PyTree:
+    return jax.tree.map(wide, tree)

@@ -6,19 +6,65 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.precision import wide_type
 from posjax.types import Array, Float, Num
 
-__all__ = ["LN2", "LOG2E", "MASKED", "Softmax", "dots", "transposed_sum", "weighted_sum", "widened"]
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "MASKED",
+    "Attended",
+    "Softmax",
+    "capped",
+    "dots",
+    "exponentials",
+    "transposed_sum",
+    "weighted_sum",
+    "widened",
+]
 
 LN2 = 0.6931471805599453
 LOG2E = 1 / LN2
-# A finite stand-in for minus infinity: differences of two masked logits stay finite.
+# A finite stand-in for minus infinity in Pallas kernels: differences of two of them stay finite.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
+class Attended(NamedTuple):
+    """The result of an implementation.
+
+    Args:
+        output: in query's dtype.
+        log_sum_exp: of each query's logits, with the bias; -inf if it sees nothing. None from an
+            implementation that refuses problems that need it.
+        weights: before dropout, if the problem asks for them.
+    """
+
+    output: Num[Array, "B T N E"]
+    log_sum_exp: Float[Array, "B T N"] | None = None
+    weights: Float[Array, "B N T S"] | None = None
+
+
+def exponentials(
+    logits: Float[Array, "*rows s"], maximum: Float[Array, "*rows"]
+) -> Float[Array, "*rows s"]:
+    """exp(logits - maximum), and 0 for logits of -inf also if there is no other."""
+    return jnp.exp(logits - _finite(maximum)[..., None])
+
+
+def capped(logits: Float[Array, "*any"], cap: float | None) -> Float[Array, "*any"]:
+    """Cap * tanh(logits / cap); the logits themselves without a cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _finite(maximum: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """0 in the place of -inf: a difference of two would be NaN."""
+    return jnp.where(maximum == -jnp.inf, 0.0, maximum)
+
+
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 products are exact to float32 on every backend; narrower inputs use the fast path."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    """Products of float32 are exact to float32 everywhere; narrower inputs use the fast path."""
+    is_wide = dtype in (jnp.float32, jnp.float64)
+    return jax.lax.Precision.HIGHEST if is_wide else jax.lax.Precision.DEFAULT
 
 
 def _group_rows(x: Num[Array, "B N t H"], kv_heads: int) -> Num[Array, "B K Gt H"]:
@@ -74,14 +120,16 @@ def transposed_sum(
 
 def _contract(letters: str, a: Array, b: Array) -> Array:
     return jnp.einsum(
-        letters, a, b, precision=_precision(a.dtype), preferred_element_type=jnp.float32
+        letters, a, b, precision=_precision(a.dtype), preferred_element_type=wide_type(a.dtype)
     )
 
 
 class Softmax(NamedTuple):
     """Running state of a softmax-weighted sum over blocks of keys.
 
-    The rule for a row that may attend to nothing stands in `result`: its output is 0.
+    The rule for a row without any weight (nothing visible, or every logit -inf) is in `result`: its
+    output is 0, and its log-sum-exp -inf. Finite logits, however low, have their softmax, and NaN
+    among visible logits makes the row NaN.
     """
 
     maximum: Float[Array, "B N t"]
@@ -89,10 +137,10 @@ class Softmax(NamedTuple):
     output: Float[Array, "B N t E"]
 
     @classmethod
-    def start(cls, shape: tuple[int, int, int, int]) -> "Softmax":
+    def start(cls, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> "Softmax":
         """Nothing seen yet, for outputs of `shape` [B, N, t, E]."""
-        row = jnp.full(shape[:3], MASKED, jnp.float32)
-        return cls(row, jnp.zeros_like(row), jnp.zeros(shape, jnp.float32))
+        row = jnp.full(shape[:3], -jnp.inf, dtype)
+        return cls(row, jnp.zeros_like(row), jnp.zeros(shape, dtype))
 
     def update(
         self,
@@ -105,12 +153,10 @@ class Softmax(NamedTuple):
         `allowed` None means all; `weigh` gives the weighted sum of the block's values.
         """
         if allowed is not None:
-            logits = jnp.where(allowed, logits, MASKED)
+            logits = jnp.where(allowed, logits, -jnp.inf)
         maximum = jnp.maximum(self.maximum, jnp.max(logits, axis=-1))
-        weights = jnp.exp(logits - maximum[..., None])
-        if allowed is not None:
-            weights = jnp.where(allowed, weights, 0.0)
-        shrink = jnp.exp(self.maximum - maximum)
+        weights = exponentials(logits, maximum)
+        shrink = jnp.exp(self.maximum - _finite(maximum))
         total = self.total * shrink + jnp.sum(weights, axis=-1)
         output = self.output * shrink[..., None] + weigh(weights)
         return Softmax(maximum, total, output)

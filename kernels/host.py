@@ -1,8 +1,6 @@
 """The host's side of the Pallas kernels: the steps that every chip takes before and after them."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +10,17 @@ from posjax.biases.base import Bias
 from posjax.biases.contextual import ContextualBias
 from posjax.biases.relative import RelativeBias
 from posjax.biases.sum import addends
-from posjax.kernels.common import LOG2E
+from posjax.forms import NO_KEY, NO_QUERY
+from posjax.kernels.common import LN2, LOG2E, MASKED, Attended
 from posjax.masks import Mask, Tokens
 from posjax.problem import Problem
-from posjax.types import Array, Float, Int
+from posjax.types import Array, Float, Int, Num
 
 __all__ = [
     "CopeSettings",
     "Prepared",
     "Settings",
+    "attended",
     "contextual",
     "gate_bias_of_heads",
     "padded",
@@ -29,12 +29,11 @@ __all__ = [
     "sides",
     "table_of_differences",
     "unsupported_bias",
-    "with_gradients",
 ]
 
-# Positions and segments of padding: no query is so far, and no real token has these ids.
+_EXACT = jax.lax.Precision.HIGHEST
+# The position of padding: no query is so far.
 _FAR = 2**30
-_NO_QUERY, _NO_KEY = -(2**31), -(2**31) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +145,28 @@ def relatives(bias: Bias | None) -> list[RelativeBias]:
     return [part for part in parts if isinstance(part, RelativeBias)]
 
 
-def unsupported_bias(bias: Bias | None, chip: str) -> str | None:
+def attended(
+    problem: Problem, output: Num[Array, "B T N E"], lse: Float[Array, "B T N"]
+) -> Attended:
+    """The result of a kernel whose log-sum-exp lacks what each query adds to all of its logits.
+
+    That is the product with the last row of a contextual bias's table: `table_of_differences`.
+    """
+    if not problem.needs_log_sum_exp:
+        return Attended(output, lse)
+    lse = jnp.where(lse <= MASKED * LN2, -jnp.inf, lse)
+    cope = contextual(problem.bias)
+    if cope is None:
+        return Attended(output, lse)
+    last = cope.table[..., -1, :].astype(jnp.float32) * cope.bias_scale
+    letters = "btnh,h->btn" if last.ndim == 1 else "btnh,nh->btn"
+    query = problem.query.astype(jnp.float32)
+    return Attended(output, lse + jnp.einsum(letters, query, last, precision=_EXACT))
+
+
+def unsupported_bias(problem: Problem, chip: str) -> str | None:
     """The reason why the kernels for this kind of chip cannot do a part; None if they can."""
-    parts = addends(bias)
+    parts = addends(problem.bias)
     for part in parts:
         if isinstance(part, RelativeBias) and not part.distance_only:
             name = getattr(part.function, "__name__", type(part.function).__name__)
@@ -192,30 +210,6 @@ def sides(settings: Settings, mask: Mask) -> dict[str, Int[Array, "#B length"]]:
     return found
 
 
-def with_gradients(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable:
-    """A function `attention(static, arrays, fixed)` that is differentiated by a kernel.
-
-    Args:
-        forward: maps the same arguments to a tuple of arrays with a field `output`.
-        backward: maps (static, arrays, fixed, what forward gave, cotangent of the output) to the
-            gradients of `arrays`; `fixed` has none.
-    """
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attention(static: Any, arrays: Any, fixed: Any) -> Array:
-        return forward(static, arrays, fixed).output
-
-    def attention_fwd(static: Any, arrays: Any, fixed: Any):
-        outputs = forward(static, arrays, fixed)
-        return outputs.output, (arrays, fixed, outputs)
-
-    def attention_bwd(static: Any, kept: tuple, cotangent: Array):
-        return backward(static, *kept, cotangent), None
-
-    attention.defvjp(attention_fwd, attention_bwd)
-    return attention
-
-
 def padded(mask: Mask, queries: int, keys: int) -> Mask:
     """The mask with padding that nothing sees: by its position or by its segment.
 
@@ -237,8 +231,8 @@ def padded(mask: Mask, queries: int, keys: int) -> Mask:
         return Tokens(positions, ids)
 
     return Mask(
-        side(mask.query, queries, None, _NO_QUERY),
-        side(mask.key, keys, _FAR if mask.is_causal else None, _NO_KEY),
+        side(mask.query, queries, None, NO_QUERY),
+        side(mask.key, keys, _FAR if mask.is_causal else None, NO_KEY),
         is_causal=mask.is_causal,
         window=mask.window,
     )

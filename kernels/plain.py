@@ -1,33 +1,46 @@
-"""Attention without a bias as `jax.nn.dot_product_attention` computes it."""
+"""Attention without a bias as `jax.nn.dot_product_attention` computes it, dense."""
 
 import jax
+import jax.numpy as jnp
 
+from posjax.kernels.common import Attended
 from posjax.problem import Problem
-from posjax.types import Array, Num
 
-__all__ = ["refuses", "run"]
+__all__ = ["refuses", "run", "unlike_jax"]
 
 
 def refuses(problem: Problem) -> str | None:
     """The reason why `jax.nn.dot_product_attention` is not the same; None if it is."""
+    if problem.mask.window is not None:
+        return "the dense attention of jax.nn is for no mask, or is_causal alone"
+    return unlike_jax(problem)
+
+
+def run(problem: Problem) -> Attended:
+    """JAX's own attention."""
+    return Attended(
+        jax.nn.dot_product_attention(
+            problem.query,
+            problem.key,
+            problem.value,
+            scale=problem.scale,
+            is_causal=problem.mask.is_causal,
+        )
+    )
+
+
+def unlike_jax(problem: Problem) -> str | None:
+    """The reason why no implementation of `jax.nn` computes the same; None if one may."""
     mask, square = problem.mask, problem.query.shape[1] == problem.key.shape[1]
     if problem.bias is not None:
         return f"{type(problem.bias).__name__} is not for jax.nn.dot_product_attention"
     if problem.key.shape != problem.value.shape:
         return f"values have a size of their own, {problem.value.shape[3]}"
-    restrictions = (mask.array, mask.query.segment_ids, mask.window)
-    only_causal = all(part is None for part in restrictions) and (square or not mask.is_causal)
-    if mask.has_given_positions or not only_causal:
+    if problem.query.dtype == jnp.float64:
+        return "jax.nn.dot_product_attention has a softmax in float32, for float64, too"
+    if problem.needs_log_sum_exp:
+        return "jax.nn.dot_product_attention has no log-sum-exp with gradients"
+    is_whole = mask.array is None and mask.query.segment_ids is None
+    if mask.has_given_positions or not is_whole or not (square or not mask.is_causal):
         return "there is more than is_causal, on equal lengths, that restricts attention"
-    return None
-
-
-def run(problem: Problem) -> Num[Array, "B T N E"]:
-    """JAX's own attention."""
-    return jax.nn.dot_product_attention(
-        problem.query,
-        problem.key,
-        problem.value,
-        scale=problem.scale,
-        is_causal=problem.mask.is_causal,
-    )
+    return problem.unsupported_settings("those of jax.nn")

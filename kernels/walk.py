@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias, Tile
+from posjax.dropout import Dropout
 from posjax.kernels.blocks import Blocks
-from posjax.kernels.common import dots, weighted_sum, widened
+from posjax.kernels.common import capped, dots, weighted_sum, widened
+from posjax.kernels.varying import varying_axes, varying_over
 from posjax.masks import Mask
+from posjax.precision import wide_type
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
 
 __all__ = [
+    "Arrays",
+    "Fixed",
     "Inputs",
     "QueryBlock",
     "Static",
@@ -27,10 +32,32 @@ __all__ = [
 
 
 class Static(NamedTuple):
-    """Everything that is known when the code is compiled."""
+    """Everything that is known when the code is compiled; `scale` is None if it is not."""
 
-    scale: float
+    scale: float | None
+    soft_cap: float | None
     blocks: Blocks
+
+
+class Arrays(NamedTuple):
+    """The arrays of a problem that receive gradients, heads first.
+
+    `bias` is the description with only its floating-point arrays, `scale` an array or None.
+    """
+
+    query: Num[Array, "B N T H"]
+    key: Num[Array, "B K S H"]
+    value: Num[Array, "B K S E"]
+    bias: Bias | None
+    scale: Float[Array, ""] | None
+
+
+class Fixed(NamedTuple):
+    """The arrays of a problem without gradients; `bias` has those that `Arrays` has not."""
+
+    bias: Bias | None
+    mask: Mask
+    dropout: Dropout | None
 
 
 class QueryBlock(NamedTuple):
@@ -49,29 +76,38 @@ class Inputs(NamedTuple):
     key: Num[Array, "B K s H"]
     rows: PyTree
     bias: Bias | None
+    scale: Float[Array, ""] | None
     carry: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The blocks of keys that one block of queries walks over.
-
-    `bias` holds what gets gradients, `fixed` the integer fields of the same description.
-    """
+    """The blocks of keys that one block of queries walks over."""
 
     static: Static
     block: QueryBlock
-    key: Num[Array, "B K S H"]
-    bias: Bias | None
-    fixed: Bias | None
-    mask: Mask
+    arrays: Arrays
+    fixed: Fixed
     rows: PyTree
+    varying: frozenset[str]  # axes of a caller's shard_map over which the arrays differ
 
     @classmethod
-    def begin(cls, static: Static, block: QueryBlock, key: Array, bias, fixed, mask: Mask) -> Self:
+    def begin(cls, static: Static, block: QueryBlock, arrays: Arrays, fixed: Fixed) -> Self:
         """The walk of one block of queries, with the bias's rows."""
-        rows = merge_bias(bias, fixed).rows(block.query) if bias is not None else None
-        return cls(static, block, key, bias, fixed, mask, rows)
+        rows = None
+        if arrays.bias is not None:
+            rows = merge_bias(arrays.bias, fixed.bias).rows(block.query)
+        return cls(static, block, arrays, fixed, rows, varying_axes(block.query))
+
+    @property
+    def bias(self) -> Bias | None:
+        """The description with its floating-point arrays."""
+        return self.arrays.bias
+
+    @property
+    def mask(self) -> Mask:
+        """Who sees whom."""
+        return self.fixed.mask
 
     @property
     def has_state(self) -> bool:
@@ -96,11 +132,19 @@ class Walk:
     def carry(self) -> PyTree:
         """The running state before the last visible block."""
         valid = self.mask.query.block(self.block.start, self.static.blocks.query).valid
-        return merge_bias(self.bias, self.fixed).start(self.block.query.shape[:3], valid)
+        carry = merge_bias(self.bias, self.fixed.bias).start(self.block.query.shape[:3], valid)
+        dtype = wide_type(self.block.query.dtype)
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        carry = jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, carry)
+        return self.like_arrays(carry)
+
+    def like_arrays(self, tree: PyTree) -> PyTree:
+        """The tree, varying over the axes of a `shard_map` over which the arrays do."""
+        return varying_over(self.varying, tree)
 
     def going_on(self, index: Array, carry: PyTree) -> Array:
         """Whether block `index` is visible and belongs to the head."""
-        return (index >= self.block.first) & ~merge_bias(self.bias, self.fixed).finished(carry)
+        return (index >= self.block.first) & ~merge_bias(self.bias, self.fixed.bias).finished(carry)
 
     def keys(self, x: Num[Array, "B K S H"], index: Array) -> Num[Array, "B K s H"]:
         """Block `index` of keys or values."""
@@ -119,7 +163,8 @@ class Walk:
     def inputs(self, index: Array, carry: PyTree) -> Inputs:
         """The inputs of block `index`."""
         bias = None if self.bias is None else self.bias.block(*self.where(index))
-        return Inputs(self.block.query, self.keys(self.key, index), self.rows, bias, carry)
+        key = self.keys(self.arrays.key, index)
+        return Inputs(self.block.query, key, self.rows, bias, self.arrays.scale, carry)
 
     def allowed(self, index: Array) -> Bool[Array, "#B #N t s"] | None:
         """The mask of block `index`; None where everything is visible everywhere."""
@@ -128,21 +173,39 @@ class Walk:
     def logits(self, index: Array, inputs: Inputs) -> tuple[Float[Array, "B N t s"], PyTree]:
         """Scaled logits with the bias, and the running state for the block on the left."""
         if inputs.bias is None:
-            return self.static.scale * dots(inputs.query, inputs.key), None
+            return self.scaled(inputs, dots(inputs.query, inputs.key)), None
         tile = self.tile(index, inputs)
         bias, carry = self.described(index, inputs).tile(inputs.rows, tile, inputs.carry)
-        return self.static.scale * tile.dots + bias, carry
+        if inputs.carry is not None:
+            carry = jax.tree.map(lambda new, old: new.astype(old.dtype), carry, inputs.carry)
+        return self.scaled(inputs, tile.dots) + bias, carry
+
+    def scaled(self, inputs: Inputs, product: Array) -> Float[Array, "B N t s"]:
+        """Logits of products of query and key, without the bias."""
+        return capped(self.scale(inputs) * product, self.static.soft_cap)
+
+    def scale(self, inputs: Inputs) -> float | Array:
+        """The factor of products, whether it is known or an input."""
+        return inputs.scale if self.static.scale is None else self.static.scale
 
     def tile(self, index: Array, inputs: Inputs) -> Tile:
         """The inputs of the bias of block `index`."""
         block = self.mask.block(*self.where(index))
         positions = block.query.positions, block.key.positions
         product = dots(inputs.query, inputs.key)
-        return Tile(inputs.query, product, block.dense(), *positions, self.static.scale)
+        return Tile(inputs.query, product, block.dense(), *positions, self.scale(inputs))
 
     def described(self, index: Array, inputs: Inputs) -> Bias:
         """The whole description of block `index`."""
-        return merge_bias(inputs.bias, self.fixed.block(*self.where(index)))
+        return merge_bias(inputs.bias, self.fixed.bias.block(*self.where(index)))
+
+    def kept(self, index: Array, weights: Float[Array, "B N t s"]) -> Float[Array, "B N t s"]:
+        """The weights of block `index` after dropout; also of gradients of weights."""
+        if self.fixed.dropout is None:
+            return weights
+        return weights * self.fixed.dropout.block(*self.where(index)).factors().astype(
+            weights.dtype
+        )
 
     def weigh(
         self, index: Array, inputs: Inputs, weights: Array, size: int
@@ -155,6 +218,7 @@ class Walk:
         """The weighted sum of block `index` of `value`, as a function of the weights."""
 
         def weigh(weights: Array) -> Array:
+            weights = self.kept(index, weights)
             total = weighted_sum(weights, self.keys(value, index))
             if not self.has_values:
                 return total
@@ -167,6 +231,7 @@ def query_blocks(static: Static, query: Array, mask: Mask) -> QueryBlock:
     """All blocks of queries, stacked along a leading axis."""
     first, last = mask.block_range(static.blocks.query, static.blocks.key)
     start = jnp.arange(first.shape[0], dtype=jnp.int32) * static.blocks.query
+    start, first, last = varying_over(varying_axes(query), (start, first, last))
     return QueryBlock(start, cut(query, static.blocks.query), first, last)
 
 

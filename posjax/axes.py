@@ -27,9 +27,10 @@ class Lettered:
     def map_arrays(self, function: Callable[..., Any], *others: Self) -> Self:
         """A copy with `function(letters, array, *arrays of others)` in the place of every array.
 
-        `letters` has one letter for each axis of the array, and is "" for arrays in a field whose
-        annotation names no axes (the parameters of a function). Parts that are `Lettered`
-        themselves, and tuples of them, are mapped too; None stays.
+        `letters` has one letter for each axis of the array ("1" for those of length 1 that
+        broadcast, "#T"), and is "" for arrays in a field whose annotation names no axes (the
+        parameters of a function). Parts that are `Lettered` themselves, and tuples of them, are
+        mapped too; None stays.
         """
         changed = {}
         for field in dataclasses.fields(self):
@@ -54,6 +55,12 @@ class Lettered:
                 changed[field.name] = tuple(map(function, value))
         return dataclasses.replace(self, **changed)
 
+    def _letters_of(self, name: str, shape: tuple[int, ...]) -> str:
+        """The letters of an array; axes of length 1 that broadcast (#) have "1" for a letter."""
+        marks = _parts_of(_annotated(type(self)).get(name), len(shape))
+        rows = zip(self.letters(name, len(shape)), marks, shape, strict=True)
+        return "".join("1" if "#" in mark and size == 1 else own for own, mark, size in rows)
+
     def _map_field(self, name: str, function: Callable, value: Any, *others: Any) -> Any:
         if _is_part(value):
             return value.map_arrays(function, *others)
@@ -61,7 +68,7 @@ class Lettered:
             rows = zip(value, *others, strict=True)
             return tuple(part.map_arrays(function, *rest) for part, *rest in rows)
         if name in _annotated(type(self)):
-            return function(self.letters(name, jnp.ndim(value)), value, *others)
+            return function(self._letters_of(name, jnp.shape(value)), value, *others)
         return jax.tree.map(functools.partial(function, ""), value, *others)
 
 
@@ -92,7 +99,7 @@ def added_at(letters: str, total: Array, part: Array, starts: dict[str, Any]) ->
     """`total` with `part` added from `starts` {letter: start} on; as a whole without such axes."""
     if starts.keys().isdisjoint(letters):
         return total + part
-    where = [starts.get(letter, 0) for letter in letters]
+    where = [jnp.asarray(starts.get(letter, 0), jnp.int32) for letter in letters]
     old = jax.lax.dynamic_slice(total, where, part.shape)
     return jax.lax.dynamic_update_slice(total, old + part, where)
 
@@ -118,15 +125,20 @@ def _annotated(cls: type) -> dict[str, str]:
 
 
 def _fitted(axes: str | None, ndim: int) -> str:
-    """One letter for each of `ndim` axes; axes marked * are left out first where there are fewer.
+    """One letter for each of `ndim` axes.
 
     >>> _fitted("*N P H", 2), _fitted("*N P H", 3), _fitted("#B T", 2), _fitted("*N", 0)
     ('PH', 'NPH', 'BT', '')
     """
+    return "".join(part.lstrip("#*") for part in _parts_of(axes, ndim))
+
+
+def _parts_of(axes: str | None, ndim: int) -> list[str]:
+    """Each axis as it is annotated; those marked * are left out first if there are fewer."""
     parts = [] if axes is None else axes.split()
     missing = len(parts) - ndim
     for part in list(parts):
         if missing > 0 and part.startswith("*"):
             parts.remove(part)
             missing -= 1
-    return "".join(part.lstrip("#*") for part in parts)
+    return parts

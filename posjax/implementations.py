@@ -13,8 +13,8 @@ import jax
 
 from posjax.kernels import interpreters
 from posjax.kernels.blocks import platform
+from posjax.kernels.common import Attended
 from posjax.problem import Problem
-from posjax.types import Array, Num
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "choose", "implementations_used", "note", "reasons"]
 
@@ -25,15 +25,18 @@ _used: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("used",
 class Implementation:
     """One way to compute attention.
 
-    `module` has `refuses(problem) -> str | None` and `run(problem) -> Array`, and is imported when
-    it is asked for. With `instead`, it also has `holds(problem)`, a boolean array (None for always)
-    that may be known only when the program runs: where it is False, the implementation of that name
-    runs in its place.
+    `module` has `refuses(problem) -> str | None` and `run(problem) -> Attended`, and is imported
+    when it is asked for. With `instead`, it also has `holds(problem)`, a boolean array (None for
+    always) that may be known only when the program runs: where it is False, the implementation of
+    that name runs in its place.
 
     Args:
         platform: the only kind of devices that runs it; None: every kind.
         fewest_queries: with fewer it is not chosen by itself.
-        only_by_name: the reason why it is never chosen by itself; None: it is.
+        most_pairs: of a query and a key, with more of which it is not chosen by itself; None: no
+            limit.
+        only_by_name: the reason why it is never chosen by itself, except for problems whose result
+            has the weights; None: it is.
         split: over which axes of a mesh `kernels.sharding` splits it: "no", "batch", or "heads"
             (batch and heads: the compiler cannot split a Pallas kernel).
     """
@@ -42,6 +45,7 @@ class Implementation:
     module: str
     platform: Literal["tpu", "gpu"] | None = None
     fewest_queries: int = 1
+    most_pairs: int | None = None
     only_by_name: str | None = None
     split: Literal["no", "batch", "heads"] = "no"
     instead: str | None = None
@@ -56,13 +60,10 @@ class Implementation:
 
     def declines(self, problem: Problem) -> str | None:
         """The reason why it is not chosen by itself; None if it is."""
-        if self.only_by_name is not None:
+        if self.only_by_name is not None and not problem.returns_weights:
             return self.only_by_name
         # Asked before the module is imported.
-        lacking, queries = self._lacks_devices(), problem.query.shape[1]
-        if lacking is None and queries < self.fewest_queries:
-            return f"{queries} queries; {self.name} pays from {self.fewest_queries} on"
-        return lacking or self.load().refuses(problem)
+        return self._lacks_devices() or self._does_not_pay(problem) or self.load().refuses(problem)
 
     def label(self, problem: Problem) -> str:
         """Its name, with that of `instead` if only the running program knows which of them runs."""
@@ -71,8 +72,16 @@ class Implementation:
             return f"{self.name} or {self.instead}"
         return self.name if holds else str(self.instead)
 
-    def run(self, problem: Problem) -> Num[Array, "B T N E"]:
-        """The output of attention."""
+    def run(self, problem: Problem) -> Attended:
+        """The result, with the log-sum-exp and the weights if the problem asks for them."""
+        result = self._run(problem)
+        return Attended(
+            result.output,
+            result.log_sum_exp if problem.needs_log_sum_exp else None,
+            result.weights if problem.returns_weights else None,
+        )
+
+    def _run(self, problem: Problem) -> Attended:
         if problem.bias is None or self.instead is None:
             return self.load().run(problem)
         holds, ways = self._holds(problem), (self.load().run, _named()[self.instead].load().run)
@@ -86,6 +95,17 @@ class Implementation:
         if kind is None or kind == found or interpreters.is_interpreted(kind):
             return None
         return f"the {kind.upper()} kernels need {kind.upper()}s, and the devices are {found}s"
+
+    def _does_not_pay(self, problem: Problem) -> str | None:
+        """The reason why others are better for these lengths; None if it is good."""
+        queries, keys = problem.query.shape[1], problem.key.shape[1]
+        if not _is_less(self.fewest_queries - 1, queries):
+            return f"{queries} queries; {self.name} pays from {self.fewest_queries} on"
+        if self.most_pairs is not None and not _is_less(queries * keys - 1, self.most_pairs):
+            return (
+                f"{queries} x {keys} pairs; {self.name} is dense, and pays up to {self.most_pairs}"
+            )
+        return None
 
     def _holds(self, problem: Problem) -> Any:
         """True, or a boolean array."""
@@ -104,6 +124,7 @@ IMPLEMENTATIONS = (
         split="heads",
         instead="xla",
     ),
+    Implementation("cudnn", "posjax.kernels.cudnn", platform="gpu"),
     Implementation(
         "gpu",
         "posjax.kernels.gpu",
@@ -112,7 +133,7 @@ IMPLEMENTATIONS = (
         split="heads",
         instead="xla",
     ),
-    Implementation("jax", "posjax.kernels.plain"),
+    Implementation("jax", "posjax.kernels.plain", most_pairs=512 * 512),
     Implementation("xla", "posjax.kernels.blockwise", split="batch"),
     Implementation("reference", "posjax.kernels.reference", only_by_name="it is dense, for tests"),
 )
@@ -181,6 +202,14 @@ def note(chosen: Implementation, problem: Problem) -> None:
     used = _used.get()
     if used is not None:
         used.append(chosen.label(problem))
+
+
+def _is_less(a: Any, b: Any) -> bool:
+    """Whether surely a < b; of symbolic lengths it may not be known."""
+    try:
+        return bool(a < b)
+    except jax.core.InconclusiveDimensionOperation:
+        return False
 
 
 @functools.cache

@@ -34,7 +34,7 @@ PyTree = Any
 Shaped = Array | ShapeDtypeStruct
 
 # Which code computes attention; None lets `posjax.dot_product_attention` choose.
-Implementation = Literal["reference", "xla", "jax", "tpu", "gpu"]
+Implementation = Literal["reference", "xla", "jax", "cudnn", "tpu", "gpu"]
 
 # Keys at most `left` positions before and `right` positions after the query may be attended to.
 Window = int | tuple[int, int] | None

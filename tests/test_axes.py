@@ -32,13 +32,13 @@ def draw(*shape):
 CONTEXTUAL = ContextualBias(draw(N, P, H), draw(B, S, K, H), draw(N))
 # Description -> letters of its arrays, in the order of the fields.
 DESCRIPTIONS = {
-    "array": (ArrayBias(draw(1, N, T, S)), ["BNTS"]),
+    "array": (ArrayBias(draw(1, N, T, S)), ["1NTS"]),
     "contextual": (CONTEXTUAL, ["NPH", "BSMH", "N"]),
     "shared table": (ContextualBias(draw(P, H), None, jnp.float32(1)), ["PH", ""]),
     "forgetting": (ForgettingBias(draw(B, S, N)), ["BSN"]),
     "relative": (
         RelativeBias(linear, draw(N), jnp.arange(T)[None], jnp.arange(S)[None]),
-        ["", "BT", "BS"],
+        ["", "1T", "1S"],
     ),
     "clipped": (ClippedTableBias(draw(5, H), draw(N, 5, H), clip=(2, 2)), ["PH", "NPH"]),
     "multiplier": (MultiplierBias(draw(N, 5), clip=(2, 2)), ["NP"]),
@@ -46,7 +46,7 @@ DESCRIPTIONS = {
     "product": (ProductBias(draw(B, T, N, H), draw(B, S, 1, H), draw(N)), ["BTFE", "BSME", "N"]),
     "sinusoid": (SinusoidBias(draw(6, N, H), draw(N, H), draw(B, S, N)), ["DNH", "NH", "BSN"]),
     "sum": (BiasSum((CONTEXTUAL, ForgettingBias(draw(B, S, N)))), ["NPH", "BSMH", "N", "BSN"]),
-    "scaled": (ScaledBias(ArrayBias(draw(1, 1, T, S)), 2.0), ["BNTS"]),
+    "scaled": (ScaledBias(ArrayBias(draw(1, 1, T, S)), 2.0), ["11TS"]),
 }
 every = pytest.mark.parametrize("name", DESCRIPTIONS)
 

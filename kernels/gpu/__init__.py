@@ -24,15 +24,15 @@
 """
 
 from posjax.kernels.blocks import GpuBlocks
+from posjax.kernels.common import Attended
 from posjax.kernels.distances import positions_are_contiguous as holds
 from posjax.kernels.gpu.support import refuses
 from posjax.problem import Problem
-from posjax.types import Array, Num
 
 __all__ = ["holds", "refuses", "run"]
 
 
-def run(problem: Problem, blocks: GpuBlocks | None = None) -> Num[Array, "B T N E"]:
+def run(problem: Problem, blocks: GpuBlocks | None = None) -> Attended:
     """Attention by the GPU kernels, which are imported now; see `kernels.gpu.attention`."""
     from posjax.kernels.gpu import attention
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from posjax.biases.contextual import ContextualBias
 from posjax.kernels.blocks import GpuBlocks, gpu_sizes
-from posjax.kernels.common import LN2
+from posjax.kernels.common import LN2, Attended
+from posjax.kernels.derivatives import with_gradients
 from posjax.kernels.gpu import relative
 from posjax.kernels.gpu.arrays import Inputs, Outputs, QueryGradients, Residuals
 from posjax.kernels.gpu.backward_keys import key_gradients
@@ -23,22 +24,22 @@ from posjax.kernels.gpu.support import SIZES
 from posjax.kernels.gpu.tables import slot_words, table_gradients, tables
 from posjax.kernels.host import (
     Prepared,
+    attended,
     contextual,
     gate_bias_of_heads,
     same_heads,
     sides,
     table_of_differences,
-    with_gradients,
 )
 from posjax.kernels.interpreters import gpu_interpreter
 from posjax.masks import Ranges, walk_ranges
 from posjax.problem import Problem
-from posjax.types import Array, Num
+from posjax.types import Array
 
 __all__ = ["run"]
 
 
-def run(problem: Problem, blocks: GpuBlocks | None = None) -> Num[Array, "B T N E"]:
+def run(problem: Problem, blocks: GpuBlocks | None = None) -> Attended:
     """Attention by the GPU kernels; a query that may attend to nothing gives 0.
 
     With a `RelativeBias` positions must be contiguous (`distances.positions_are_contiguous`).
@@ -62,8 +63,9 @@ def run(problem: Problem, blocks: GpuBlocks | None = None) -> Num[Array, "B T N 
     of_keys = walk_ranges(prepared.mask, ROWS, KEYS, of_keys=True)
     arrays = same_heads(_arrays(prepared, size), axis=2)
     fixed = Fixed(ranges.flat, of_keys.flat, sides(plan, prepared.mask))
-    output = _attention((plan, ranges.batch), arrays, fixed)
-    return output[:, : query.shape[1], :, : value.shape[3]]
+    output, lse = _attention((plan, ranges.batch), arrays, fixed)
+    output, lse = output[..., : value.shape[3]], jnp.swapaxes(lse, 1, 2)
+    return attended(problem, *(x[:, : query.shape[1]] for x in (output, lse)))
 
 
 class Fixed(NamedTuple):
@@ -110,10 +112,13 @@ def _of_cope(prepared: Prepared, bias: ContextualBias, size: int) -> dict[str, A
     return arrays if gate_bias is None else arrays | {"gate_bias": gate_bias}
 
 
-def _forward(static: tuple[Plan, int], arrays: dict, fixed: Fixed) -> Outputs:
+def _forward(
+    static: tuple[Plan, int], arrays: dict, fixed: Fixed
+) -> tuple[tuple[Array, Array], Outputs]:
     plan, rows = static
     inputs = _inputs(plan, arrays, fixed, plan.blocks.count)
-    return forward(plan, _ranges(rows, fixed.ranges), inputs)
+    outputs = forward(plan, _ranges(rows, fixed.ranges), inputs)
+    return (outputs.output, outputs.lse * LN2), outputs
 
 
 def _inputs(plan: Plan, arrays: dict, fixed: Fixed, size: int) -> Inputs:
@@ -136,11 +141,15 @@ def _ranges(rows: int, numbers: Array) -> Ranges:
 
 
 def _backward(
-    static: tuple[Plan, int], arrays: dict, fixed: Fixed, outputs: Outputs, cotangent: Array
+    static: tuple[Plan, int],
+    arrays: dict,
+    fixed: Fixed,
+    outputs: Outputs,
+    cotangents: tuple[Array, Array],
 ) -> dict[str, Array]:
     plan, rows = static
     inputs = _inputs(plan, arrays, fixed, TILE_KEYS)
-    residuals = _residuals(plan, outputs, cotangent)
+    residuals = _residuals(plan, outputs, *cotangents)
     ranges, of_keys = _ranges(rows, fixed.ranges), _ranges(rows, fixed.key_ranges)
     of_queries = query_gradients(plan, ranges, inputs, residuals)
     grads = {"query": of_queries.query}
@@ -159,14 +168,14 @@ def _backward(
     return {name: grads[name].astype(x.dtype) for name, x in arrays.items()}
 
 
-def _residuals(plan: Plan, outputs: Outputs, cotangent: Array) -> Residuals:
+def _residuals(plan: Plan, outputs: Outputs, cotangent: Array, of_lse: Array) -> Residuals:
     """Further inputs of the backward kernels."""
     output = outputs.output.astype(jnp.float32) + outputs.output_residual.astype(jnp.float32)
     delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=3)
     residuals = Residuals(
         cotangent=cotangent,
         lse=outputs.lse,
-        delta=jnp.swapaxes(delta, 1, 2),
+        delta=jnp.swapaxes(delta, 1, 2) - of_lse,
         carries=outputs.carries,
         last_plain=outputs.last_plain,
     )

@@ -32,7 +32,7 @@ def refuses(problem: Problem) -> str | None:
         return (
             f"the table has {own.num_positions} rows; the GPU kernels take up to {_MOST_POSITIONS}"
         )
-    return unsupported_bias(problem.bias, "GPU")
+    return problem.unsupported_settings("the GPU kernels") or unsupported_bias(problem, "GPU")
 
 
 def _compute_capability() -> tuple[int, ...] | None:

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 
 from posjax.biases.contextual import ContextualBias
 from posjax.kernels.blocks import TpuBlocks, tpu_generation, tpu_sizes
+from posjax.kernels.common import LN2, Attended
+from posjax.kernels.derivatives import with_gradients
 from posjax.kernels.distances import positions_are_contiguous as holds
 from posjax.kernels.host import (
     Prepared,
+    attended,
     gate_bias_of_heads,
     relatives,
     same_heads,
     sides,
     table_of_differences,
     unsupported_bias,
-    with_gradients,
 )
 from posjax.kernels.tpu import relative
 from posjax.kernels.tpu.arrays import Gradients, Inputs, Outputs, Residuals
@@ -28,7 +30,7 @@ from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.plan import LANES, CopePlan, Plan, interleave
 from posjax.masks import Mask, Ranges, walk_ranges
 from posjax.problem import Problem
-from posjax.types import Array, Num
+from posjax.types import Array
 
 __all__ = ["holds", "refuses", "run"]
 
@@ -40,10 +42,10 @@ def refuses(problem: Problem) -> str | None:
         return f"query has dtype {dtype}; the TPU kernels take float32 and bfloat16"
     if problem.mask.array is not None:
         return "the TPU kernels do not support an explicit mask array"
-    return None if problem.bias is None else unsupported_bias(problem.bias, "TPU")
+    return problem.unsupported_settings("the TPU kernels") or unsupported_bias(problem, "TPU")
 
 
-def run(problem: Problem, blocks: TpuBlocks | None = None) -> Num[Array, "B T N E"]:
+def run(problem: Problem, blocks: TpuBlocks | None = None) -> Attended:
     """Attention by the TPU kernels; a query that may attend to nothing gives 0.
 
     With a `RelativeBias` positions must be contiguous (`distances.positions_are_contiguous`).
@@ -77,8 +79,9 @@ def run(problem: Problem, blocks: TpuBlocks | None = None) -> Num[Array, "B T N 
             prepared.relatives, problem.mask, plan, *prepared.lengths
         )
     inputs = Inputs(**arrays, **_sides(plan, prepared.mask))
-    output = _attention((plan, ranges.batch), inputs, ranges.flat)
-    return jnp.swapaxes(output, 1, 2)[:, : query.shape[1]]
+    output, lse = _attention((plan, ranges.batch), inputs, ranges.flat)
+    output, lse = (jnp.swapaxes(x, 1, 2)[:, : query.shape[1]] for x in (output, lse))
+    return attended(problem, output, lse)
 
 
 def _with_gate_key(prepared: Prepared) -> Prepared:
@@ -132,21 +135,29 @@ def _sides(plan: Plan, mask: Mask) -> dict[str, Array]:
     return {name: x[:, None] for name, x in found.items()}
 
 
-def _forward(static: tuple[Plan, int], inputs: Inputs, range_table: Array) -> Outputs:
+def _forward(
+    static: tuple[Plan, int], inputs: Inputs, range_table: Array
+) -> tuple[tuple[Array, Array], Outputs]:
     plan, rows = static
     ranges = Ranges(range_table, rows, inputs.query.shape[2] // plan.blocks.query)
-    return forward(plan, ranges, inputs)
+    outputs = forward(plan, ranges, inputs)
+    return (outputs.output, outputs.lse[:, :, 0] * LN2), outputs
 
 
 def _backward(
-    static: tuple[Plan, int], inputs: Inputs, range_table: Array, outputs: Outputs, cotangent: Array
+    static: tuple[Plan, int],
+    inputs: Inputs,
+    range_table: Array,
+    outputs: Outputs,
+    cotangents: tuple[Array, Array],
 ) -> Inputs:
     plan, rows = static
+    cotangent, of_lse = cotangents
     ranges = Ranges(range_table, rows, cotangent.shape[2] // plan.blocks.query)
     output = outputs.output.astype(jnp.float32)
     if outputs.output_residual is not None:
         output += outputs.output_residual.astype(jnp.float32)
-    delta = jnp.sum(cotangent.astype(jnp.float32) * output, axis=3)[:, :, None]
+    delta = (jnp.sum(cotangent.astype(jnp.float32) * output, axis=3) - of_lse)[:, :, None]
     residuals = Residuals(cotangent, outputs.lse, delta, outputs.carries)
     gradients = backward(plan, ranges, inputs, residuals)
     return _finished(inputs, gradients, gradient_scale(plan))

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.axes import HEADS, Lettered, added_at, block_of, padded
+from posjax.precision import wide
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
 
 __all__ = ["ArrayBias", "Bias", "Tile", "as_bias", "check_positions", "parts_of"]
@@ -175,18 +176,19 @@ def as_bias(bias: "Bias | Array | None") -> Bias | None:
 class ArrayBias(Bias):
     """A bias that is an array in memory."""
 
-    array: Float[Array, "#B #N T S"] | None
+    array: Float[Array, "#B #N #T #S"] | None
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The array itself, in float32."""
-        return self.array.astype(jnp.float32)
+        return wide(self.array)
 
     def tile(self, rows, tile, carry):
         """The block of the array."""
-        return self.array.astype(jnp.float32), None
+        return wide(self.array), None
 
     def check(self, query, key, is_causal):
-        """The array must broadcast to [B, N, T, S], with full T and S."""
+        """The array must broadcast to [B, N, T, S]."""
         batch, queries, heads, _ = query.shape
-        checks.shape("bias", self.array, ((1, batch), (1, heads), queries, key.shape[1]))
+        full = (batch, heads, queries, key.shape[1])
+        checks.shape("bias", self.array, tuple((1, size) for size in full))
         checks.dtype("bias", self.array, jnp.floating)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias
+from posjax.precision import wide
 from posjax.types import Array, Bool, Float, Num
 
 __all__ = ["ContextualBias"]
@@ -67,7 +68,7 @@ class ContextualBias(Bias):
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The formula, literally: gates, their sum up to the query, interpolation in q . table."""
         count = self.counts(query, key, scale=scale, allowed=allowed)
-        query = jnp.swapaxes(query, 1, 2).astype(jnp.float32)
+        query = wide(jnp.swapaxes(query, 1, 2))
         return _interpolate(self._project(query, self.table), count)
 
     def counts(
@@ -79,9 +80,9 @@ class ContextualBias(Bias):
         allowed: Bool[Array, "#B #N T S"],
     ) -> Float[Array, "B N T S"]:
         """The sums of gates from the query down to every key, before they are cut at P - 1."""
-        query = jnp.swapaxes(query, 1, 2).astype(jnp.float32)
+        query = wide(jnp.swapaxes(query, 1, 2))
         gate_key = jnp.swapaxes(key if self.gate_key is None else self.gate_key, 1, 2)
-        gate_key = gate_key.astype(jnp.float32)
+        gate_key = wide(gate_key)
         gate_key = jnp.repeat(gate_key, query.shape[1] // gate_key.shape[1], axis=1)
         dots = jnp.einsum("bnth,bnsh->bnts", query, gate_key, precision=_EXACT)
         gates = jnp.where(allowed, jax.nn.sigmoid(self._gate_logits(dots, scale)), 0.0)
@@ -92,7 +93,7 @@ class ContextualBias(Bias):
 
         So the bias is exactly 0 from P - 1 on; softmax does not notice the shift of a row.
         """
-        return self._project(query.astype(jnp.float32), self.table - self.table[..., -1:, :])
+        return self._project(wide(query), self.table - self.table[..., -1:, :])
 
     def start(self, shape, valid):
         """A count of 0 for every query."""
@@ -135,21 +136,21 @@ class ContextualBias(Bias):
         logits = dots * (scale if self.gate_scale is None else self.gate_scale)
         if self.gate_bias is None:
             return logits
-        bias = self.gate_bias.astype(jnp.float32)
+        bias = wide(self.gate_bias)
         return logits + jnp.broadcast_to(bias, (dots.shape[1],))[None, :, None, None]
 
     def _gate_dots(self, query: Array) -> Array:
         """Products of query and gate key of the block."""
         batch, heads, length, size = query.shape
-        gate_key = jnp.swapaxes(self.gate_key, 1, 2).astype(jnp.float32)
-        grouped = query.astype(jnp.float32).reshape(batch, gate_key.shape[1], -1, size)
+        gate_key = wide(jnp.swapaxes(self.gate_key, 1, 2))
+        grouped = wide(query).reshape(batch, gate_key.shape[1], -1, size)
         dots = jnp.einsum("bmth,bmsh->bmts", grouped, gate_key, precision=_EXACT)
         return dots.reshape(batch, heads, length, -1)
 
     def _project(self, query: Array, table: Array) -> Float[Array, "B N t P"]:
         """bias_scale * query . table in float32."""
         letters = "bnth,ph->bntp" if table.ndim == 2 else "bnth,nph->bntp"
-        z = jnp.einsum(letters, query, table.astype(jnp.float32), precision=_EXACT)
+        z = jnp.einsum(letters, query, wide(table), precision=_EXACT)
         return z * self.bias_scale
 
 
@@ -163,9 +164,9 @@ def _interpolate(
 def _interpolation_parts(z: Array, count: Array) -> tuple[Array, Array, Array, Array]:
     """The value, its slope, and the lower neighbour and the fraction it was found with."""
     last = z.shape[-1] - 1
-    position = jnp.where(count < last, count, float(last))
+    position = jnp.where(count >= last, float(last), count)  # NaN stays
     lower = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)).astype(jnp.int32), 0, last - 1)
-    fraction = position - lower.astype(jnp.float32)
+    fraction = position - wide(lower)
     at_lower = jnp.take_along_axis(z, lower, axis=-1, mode="promise_in_bounds")
     slope = jnp.take_along_axis(z, lower + 1, axis=-1, mode="promise_in_bounds") - at_lower
     return at_lower + fraction * slope, slope, lower, fraction

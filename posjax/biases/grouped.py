@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, check_positions
+from posjax.precision import wide
 from posjax.types import Array, Float, Num
 
 __all__ = ["GroupedBias"]
@@ -77,8 +78,8 @@ def _products(query: Num[Array, "B t N H"], key: Num[Array, "B s K H"]) -> Float
     grouped = query.reshape(batch, length, key.shape[2], -1, size)
     dots = jnp.einsum(
         "btkgh,bskh->bkgts",
-        grouped.astype(jnp.float32),
-        key.astype(jnp.float32),
+        wide(grouped),
+        wide(key),
         precision=jax.lax.Precision.HIGHEST,
     )
     return dots.reshape(batch, heads, length, -1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile, check_positions
+from posjax.precision import wide
 from posjax.types import Array, Float, Num
 
 __all__ = ["ProductBias", "SinusoidBias", "sinusoid_frequencies"]
@@ -46,13 +47,13 @@ class ProductBias(Bias):
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The whole product."""
-        f, g = (x.astype(jnp.float32) for x in (self.query_features, self.key_features))
+        f, g = (wide(x) for x in (self.query_features, self.key_features))
         batch, length, heads, size = f.shape
         f = f.reshape(batch, length, g.shape[2], -1, size)
         products = jnp.einsum("btmge,bsme->bmgts", f, g, precision=_EXACT)
         products = products.reshape(batch, heads, length, g.shape[1])
         if self.factor is not None:
-            products *= jnp.atleast_1d(self.factor.astype(jnp.float32))[None, :, None, None]
+            products *= jnp.atleast_1d(wide(self.factor))[None, :, None, None]
         return products * scale if self.scaled else products
 
     def tile(self, rows, tile, carry):
@@ -113,8 +114,8 @@ class SinusoidBias(Bias):
 
     def rows(self, query):
         """How much of each sine and cosine each query wants, [B, N, t, D]."""
-        query = query.astype(jnp.float32) + self.query_bias.astype(jnp.float32)[None, :, None, :]
-        kernel = self.kernel.astype(jnp.float32)
+        query = wide(query) + wide(self.query_bias)[None, :, None, :]
+        kernel = wide(self.kernel)
         return jnp.einsum("bnth,dnh->bntd", query, kernel, precision=_EXACT)
 
     def tile(self, rows, tile, carry):
@@ -133,7 +134,7 @@ class SinusoidBias(Bias):
         )
         total = jnp.einsum("bntd,bsd->bnts", turned, waves, precision=_EXACT)
         if self.key_logits is not None:
-            logits = jnp.moveaxis(self.key_logits.astype(jnp.float32), 2, 1)
+            logits = jnp.moveaxis(wide(self.key_logits), 2, 1)
             total += logits[:, :, None, :]
         return total * (tile.scale if self.scaled else 1.0), None
 
@@ -151,6 +152,6 @@ class SinusoidBias(Bias):
     def _waves(self, distance: Num[Array, "#B t"]) -> tuple[Array, Array]:
         """Sines and cosines of a distance, [B, t, D / 2] each."""
         frequencies = sinusoid_frequencies(self.kernel.shape[0], self.base)
-        distance = jax.lax.stop_gradient(distance.astype(jnp.float32))
+        distance = jax.lax.stop_gradient(wide(distance))
         angles = distance[:, :, None] * frequencies[None, None, :]
         return jnp.sin(angles), jnp.cos(angles)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.biases.base import Bias, check_positions
+from posjax.precision import wide
 from posjax.types import Array, Num, PyTree
 
 __all__ = ["RelativeBias"]
@@ -70,7 +71,7 @@ class RelativeBias(Bias):
         own_query, own_key = self.query_positions, self.key_positions
         query_positions = query_positions if own_query is None else own_query
         key_positions = key_positions if own_key is None else own_key
-        return self.function(self.params, query_positions, key_positions).astype(jnp.float32)
+        return wide(self.function(self.params, query_positions, key_positions))
 
 
 @dataclasses.dataclass(frozen=True)

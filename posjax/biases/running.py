@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile
+from posjax.precision import wide
 from posjax.types import Array, Bool, Float
 
 __all__ = ["ForgettingBias", "StickBreakingBias"]
@@ -36,10 +37,10 @@ class _RunningSum(Bias):
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The formula, literally: a sum from the query down to every key."""
         groups = query.shape[2] // key.shape[2]
-        key = jnp.repeat(key.astype(jnp.float32), groups, axis=2)
+        key = jnp.repeat(wide(key), groups, axis=2)
         dots = jnp.einsum(
             "btnh,bsnh->bnts",
-            query.astype(jnp.float32),
+            wide(query),
             key,
             precision=jax.lax.Precision.HIGHEST,
         )
@@ -93,7 +94,7 @@ class ForgettingBias(_RunningSum):
 
     def steps(self, dots, allowed, current, scale):
         """Each token's gate; a key's own gate does not fade it."""
-        gates = jnp.moveaxis(self.log_gates.astype(jnp.float32), 2, 1)[:, :, None, :]
+        gates = jnp.moveaxis(wide(self.log_gates), 2, 1)[:, :, None, :]
         gates = jnp.where(allowed, gates, 0.0)
         return gates, -gates
 

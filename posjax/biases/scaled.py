@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile
+from posjax.precision import wide
 from posjax.types import Array, Num
 
 __all__ = ["ScaledBias"]
@@ -101,7 +102,7 @@ class ScaledBias(Bias):
     def _original(self, query: Num[Array, "*B H"]) -> Num[Array, "*B H"]:
         if self.query_factor == 1.0:
             return query
-        return query.astype(jnp.float32) / self.query_factor
+        return wide(query) / self.query_factor
 
     def _original_tile(self, tile: Tile) -> Tile:
         if self.query_factor == 1.0:

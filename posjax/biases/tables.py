@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile, check_positions
+from posjax.precision import wide
 from posjax.types import Array, Float, Num
 
 __all__ = ["ClippedTableBias", "MultiplierBias", "look_up"]
@@ -46,10 +47,10 @@ def look_up(
         place = jnp.clip(relative, -left, right)[:, None] + left
         if jnp.issubdtype(place.dtype, jnp.integer):
             return jnp.broadcast_to(_take(rows, place), shape)
-        place = place.astype(jnp.float32)
+        place = wide(place)
         below = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, left + right)
         above = jnp.minimum(below + 1, left + right)
-        fraction = jax.lax.stop_gradient(place - below.astype(jnp.float32))
+        fraction = jax.lax.stop_gradient(place - wide(below))
         return (1.0 - fraction) * _take(rows, below) + fraction * _take(rows, above)
 
     def end(rows: Array, relative: Array) -> Array:
@@ -69,7 +70,7 @@ class _ByDistance(Bias):
 
     def dense(self, query, key, *, scale, allowed, query_positions, key_positions):
         """The whole array, as one block."""
-        query = jnp.swapaxes(query, 1, 2).astype(jnp.float32)
+        query = wide(jnp.swapaxes(query, 1, 2))
         dots = _grouped("bkgth,bskh->bkgts", query, key)
         tile = Tile(query, dots, allowed, query_positions, key_positions, scale)
         return self.tile(self.rows(query), tile, None)[0]
@@ -137,7 +138,7 @@ class ClippedTableBias(_ByDistance):
         """Each query times all rows of its table, [B, N, t, P]."""
         if self.query_table is None:
             return None
-        return _times_table("bnth", query.astype(jnp.float32), self.query_table)
+        return _times_table("bnth", wide(query), self.query_table)
 
     def tile(self, rows, tile, carry):
         """The products at the block's relative positions."""
@@ -154,8 +155,8 @@ class ClippedTableBias(_ByDistance):
         relative = self._relative(tile)
         shape = (*weights.shape[:3], sum(self.clip) + 1)
         pick = lambda rows: look_up(rows, relative, self.clip)  # noqa: E731
-        (total,) = jax.vjp(pick, jnp.zeros(shape, jnp.float32))[1](weights)
-        table = self.value_table.astype(jnp.float32)
+        (total,) = jax.vjp(pick, jnp.zeros(shape, weights.dtype))[1](weights)
+        table = wide(self.value_table)
         letters = "bntp,ph->bnth" if table.ndim == 2 else "bntp,nph->bnth"
         return jnp.einsum(letters, total, table, precision=_EXACT)
 
@@ -169,7 +170,7 @@ class ClippedTableBias(_ByDistance):
 
     def _of_keys(self, relative: Array, heads: int) -> Float[Array, "B N t s"]:
         """k_j . key_table[r]."""
-        key = jnp.swapaxes(self.key, 1, 2).astype(jnp.float32)
+        key = wide(jnp.swapaxes(self.key, 1, 2))
         if self.key_table.ndim == 3:
             key = jnp.repeat(key, heads // key.shape[1], axis=1)
         products = _times_table("bnth", key, self.key_table)
@@ -217,7 +218,7 @@ class MultiplierBias(_ByDistance):
         relative = jnp.abs(relative) if self.absolute else relative
         if self.by_channel:
             return tile.scale * self._over_channels(relative, tile.query), None
-        table = self.multipliers.astype(jnp.float32)[None, :, None, :]
+        table = wide(self.multipliers)[None, :, None, :]
         return tile.scale * tile.dots * (look_up(table, relative, self.clip) - 1.0), None
 
     def check(self, query, key, is_causal):
@@ -238,9 +239,9 @@ class MultiplierBias(_ByDistance):
 
     def _over_channels(self, relative: Array, query: Array) -> Float[Array, "B N t s"]:
         """sum_c (w[r, c] - 1) q_ic k_jc, with one channel in memory at a time."""
-        key = jnp.moveaxis(self.key.astype(jnp.float32), 3, 0)
-        query = jnp.moveaxis(query.astype(jnp.float32), 3, 0)
-        table = jnp.moveaxis(self.multipliers.astype(jnp.float32), -1, 0)
+        key = jnp.moveaxis(wide(self.key), 3, 0)
+        query = jnp.moveaxis(wide(query), 3, 0)
+        table = jnp.moveaxis(wide(self.multipliers), -1, 0)
         table = table[:, None] if table.ndim == 2 else table
 
         @jax.checkpoint
@@ -251,13 +252,13 @@ class MultiplierBias(_ByDistance):
         def step(total: Array, channel: Any) -> tuple[Array, None]:
             return total + term(*channel), None
 
-        total = jnp.zeros((*query.shape[1:], key.shape[2]), jnp.float32)
+        total = jnp.zeros((*query.shape[1:], key.shape[2]), query.dtype)
         return jax.lax.scan(step, total, (query, key, table))[0]
 
 
 def _times_table(letters: str, x: Array, table: Array) -> Float[Array, "B N t P"]:
     """Each vector of x times all rows of a table, shared or one for each head."""
-    table = table.astype(jnp.float32)
+    table = wide(table)
     letters += ",ph->bntp" if table.ndim == 2 else ",nph->bntp"
     return jnp.einsum(letters, x, table, precision=_EXACT)
 
@@ -266,5 +267,5 @@ def _grouped(letters: str, query: Array, key: Array) -> Float[Array, "B N t s"]:
     """Products of query [B, N, t, H] and key [B, s, K, H] for grouped heads, in float32."""
     batch, heads, length, size = query.shape
     query = query.reshape(batch, key.shape[2], -1, length, size)
-    products = jnp.einsum(letters, query, key.astype(jnp.float32), precision=_EXACT)
+    products = jnp.einsum(letters, query, wide(key), precision=_EXACT)
     return products.reshape(batch, heads, length, key.shape[1])
