@@ -32,6 +32,7 @@ from posjax.kernels.host import (
     table_of_differences,
 )
 from posjax.kernels.interpreters import gpu_interpreter
+from posjax.kernels.varying import alike
 from posjax.masks import Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array
@@ -47,6 +48,7 @@ def run(problem: Problem, blocks: GpuBlocks | None = None) -> Attended:
     Args:
         blocks: None: those of `kernels.blocks`.
     """
+    problem = alike(problem)
     query, value, cope = problem.query, problem.value, contextual(problem.bias)
     size = next(size for size in SIZES if size >= max(query.shape[3], value.shape[3]))
     if blocks is None:

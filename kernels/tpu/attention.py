@@ -28,6 +28,7 @@ from posjax.kernels.tpu.backward import backward
 from posjax.kernels.tpu.backward_step import gradient_scale
 from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.plan import LANES, CopePlan, Plan, interleave
+from posjax.kernels.varying import alike
 from posjax.masks import Mask, Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array
@@ -56,6 +57,7 @@ def run(problem: Problem, blocks: TpuBlocks | None = None) -> Attended:
     Raises:
         ValueError: blocks that do not fit a relative bias.
     """
+    problem = alike(problem)
     query, key = problem.query, problem.key
     by_distance = bool(relatives(problem.bias))
     if blocks is None:

@@ -39,6 +39,7 @@ from posjax.kernels.tpu.counting import PLACE_OFFSET
 from posjax.kernels.tpu.plan import LANES, GridIndices, Layout, Plan, compiler_params
 from posjax.kernels.tpu.registers import TN, from_row, matmul, packed_shape, reduce_lanes, to_row
 from posjax.kernels.tpu.tables import table_scratch
+from posjax.kernels.varying import alike, varying_like
 from posjax.masks import Ranges, Span
 from posjax.types import Array
 
@@ -67,12 +68,12 @@ def backward(plan: Plan, ranges: Ranges, inputs: Inputs, residuals: Residuals) -
             out_specs=[layout.gradient_specs(gradients, at)],
             scratch_shapes=[_scratch(plan, layout)],
         ),
-        out_shape=[gradients],
+        out_shape=[varying_like((inputs, residuals), gradients)],
         compiler_params=compiler_params("parallel", "parallel", *["arbitrary"] * 3),
         cost_estimate=layout.cost(products=5),
         name="posjax_attention_backward",
     )
-    (gradients,) = kernel(ranges.flat, inputs, residuals)
+    (gradients,) = kernel(*alike((ranges.flat, inputs, residuals)))
     return gradients
 
 
