@@ -25,7 +25,6 @@ from posjax.kernels import blocks as sizes
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.common import Attended, Softmax, dots, transposed_sum
 from posjax.kernels.derivatives import resolved, with_gradients
-from posjax.kernels.varying import alike, is_mapped_over_mesh, varying_axes, varying_over
 from posjax.kernels.walk import (
     Arrays,
     Fixed,
@@ -42,6 +41,7 @@ from posjax.kernels.walk import (
 from posjax.precision import wide, wide_type
 from posjax.problem import Problem
 from posjax.types import Array, Float, Num, PyTree
+from posjax.varying import alike, is_mapped_over_mesh, varying_axes, varying_over
 
 __all__ = ["refuses", "run"]
 

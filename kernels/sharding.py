@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from posjax.axes import HEADS
 from posjax.kernels.common import Attended
-from posjax.kernels.varying import mapped_axes, remembering_maps
 from posjax.problem import Problem
 from posjax.types import Array
+from posjax.varying import mapped_axes, remembering_maps
 
 __all__ = ["over_mesh"]
 

@@ -11,10 +11,10 @@ from posjax.biases.base import Bias, Tile
 from posjax.dropout import Dropout
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.common import capped, dots, weighted_sum, widened
-from posjax.kernels.varying import varying_axes, varying_over
 from posjax.masks import Mask
 from posjax.precision import wide_type
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
+from posjax.varying import varying_axes, varying_over
 
 __all__ = [
     "Arrays",

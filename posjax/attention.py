@@ -170,7 +170,7 @@ def _nothing(problem: Problem) -> Attended:
 
 def _with_sinks(result: Attended, sinks: Float[Array, "N"]) -> Attended:
     """The result if each head has one more logit, whose value is 0."""
-    without = result.log_sum_exp
+    without, sinks = result.log_sum_exp, sinks[None, None]
     of_keys = jax.nn.sigmoid(without - sinks)[..., None]
     return Attended(
         (result.output * of_keys).astype(result.output.dtype),

@@ -32,10 +32,10 @@ from posjax.kernels.host import (
     table_of_differences,
 )
 from posjax.kernels.interpreters import gpu_interpreter
-from posjax.kernels.varying import alike
 from posjax.masks import Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array
+from posjax.varying import alike
 
 __all__ = ["run"]
 

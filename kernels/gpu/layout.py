@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.kernels.gpu.plan import GROUPS, ROWS
 from posjax.kernels.interpreters import gpu_interpreter
-from posjax.kernels.varying import alike, varying_like
 from posjax.types import Array, Num
+from posjax.varying import alike, varying_like
 
 __all__ = [
     "Buffer",

@@ -28,10 +28,10 @@ from posjax.kernels.tpu.backward import backward
 from posjax.kernels.tpu.backward_step import gradient_scale
 from posjax.kernels.tpu.forward import forward
 from posjax.kernels.tpu.plan import LANES, CopePlan, Plan, interleave
-from posjax.kernels.varying import alike
 from posjax.masks import Mask, Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array
+from posjax.varying import alike
 
 __all__ = ["holds", "refuses", "run"]
 

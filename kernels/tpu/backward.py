@@ -39,9 +39,9 @@ from posjax.kernels.tpu.counting import PLACE_OFFSET
 from posjax.kernels.tpu.plan import LANES, GridIndices, Layout, Plan, compiler_params
 from posjax.kernels.tpu.registers import TN, from_row, matmul, packed_shape, reduce_lanes, to_row
 from posjax.kernels.tpu.tables import table_scratch
-from posjax.kernels.varying import alike, varying_like
 from posjax.masks import Ranges, Span
 from posjax.types import Array
+from posjax.varying import alike, varying_like
 
 __all__ = ["backward"]
 

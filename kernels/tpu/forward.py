@@ -35,9 +35,9 @@ from posjax.kernels.tpu.forward_step import (
 )
 from posjax.kernels.tpu.plan import LANES, GridIndices, Layout, Plan, compiler_params
 from posjax.kernels.tpu.tables import table_scratch
-from posjax.kernels.varying import alike, varying_like
 from posjax.masks import Ranges, Span
 from posjax.types import Array
+from posjax.varying import alike, varying_like
 
 __all__ = ["forward"]
 
