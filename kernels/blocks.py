@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from posjax.kernels.gpu_table import FASTEST
+from posjax.types import Length
 
 __all__ = [
     "Blocks",
@@ -61,9 +62,13 @@ class GpuBlocks:
             raise ValueError(f"{self.stages=}; it must be at least 1.")
 
 
-def blockwise_sizes(queries: int, keys: int) -> Blocks:
-    """Sizes for `kernels.blockwise`: 256, or the sequence rounded up to 8 where it is shorter."""
-    return Blocks(*(min(256, -(-max(length, 1) // 8) * 8) for length in (queries, keys)))
+def blockwise_sizes(queries: Length, keys: Length) -> Blocks:
+    """Sizes for `kernels.blockwise`: 256, or the sequence rounded up to 8 if it is shorter."""
+    return Blocks(*map(_blockwise_size, (queries, keys)))
+
+
+def _blockwise_size(length: Length) -> int:
+    return min(256, _rounded(length, 8)) if isinstance(length, int) else 256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ from posjax.kernels.walk import (
 )
 from posjax.precision import wide, wide_type
 from posjax.problem import Problem
-from posjax.types import Array, Float, Num, PyTree
+from posjax.types import Array, Float, Length, Num, PyTree
 from posjax.varying import alike, is_mapped_over_mesh, varying_axes, varying_over
 
 __all__ = ["refuses", "run"]
@@ -70,17 +70,17 @@ def run(problem: Problem, blocks: Blocks | None = None) -> Attended:
     return Attended(output, log_sum_exp)
 
 
-def _padding(length: int, size: int) -> int:
+def _padding(length: Length, size: int) -> Length:
     """Up to whole blocks; written so that JAX can divide symbolic lengths by the size."""
     return _blocks(length, size) * size - length
 
 
-def _blocks(length: int, size: int) -> int:
+def _blocks(length: Length, size: int) -> Length:
     return (length + size - 1) // size
 
 
 def _arguments(
-    problem: Problem, blocks: Blocks, queries: int, keys: int
+    problem: Problem, blocks: Blocks, queries: Length, keys: Length
 ) -> tuple[Static, Arrays, Fixed]:
     """Those of `_attention`: padded to whole blocks, heads before lengths."""
     bias, mask, dropout, scale = problem.bias, problem.mask, problem.dropout, problem.scale
@@ -215,12 +215,12 @@ def _backward(
             grads = _backward_head(walk, given, grads, tail_end, carries)
         return _finish_rows(walk, *grads)
 
-    sums = _Sums(*(_zeros(x) for x in (arrays.key, arrays.value, bias, arrays.scale)))
+    sums = _Sums(*map(_no_sums, (arrays.key, arrays.value, bias, arrays.scale)))
     sums = varying_over(varying_axes(arrays.query), sums)
     blocks = query_blocks(static, arrays.query, fixed.mask)
     sums, dquery = jax.lax.scan(one_block, sums, (blocks, given))
     grads = Arrays(join(dquery), sums.key, sums.value, sums.bias, sums.scale)
-    return jax.tree.map(lambda x, d: d.astype(x.dtype), arrays, grads)
+    return jax.tree.map(lambda x, d: d.astype(x.dtype).reshape(x.shape), arrays, grads)
 
 
 _attention = with_gradients(_forward, _backward)
@@ -281,7 +281,8 @@ def _backward_tile(
     (logits, _), pull_back = jax.vjp(lambda x: walk.logits(index, x), inputs)
     weights = jnp.exp(logits - given.lse[..., None])
     weights = weights if allowed is None else jnp.where(allowed, weights, 0.0)
-    kept, dweights = walk.kept(index, weights), dots(given.cotangent, walk.keys(value, index))
+    kept = walk.kept(index, weights)
+    dweights = resolved(dots, given.cotangent, walk.keys(value, index))
     if walk.has_values:
         weigh = lambda x, kept: walk.weigh(index, x, kept, value.shape[3])  # noqa: E731
         of_values, more = jax.vjp(weigh, inputs, kept)[1](wide(given.cotangent))
@@ -313,7 +314,7 @@ def _finish_rows(walk: Walk, sums: _Sums, local: _Local) -> tuple[_Sums, Array]:
     return sums._replace(bias=total), local.query + wide(dquery)
 
 
-def _heads_first(x: Num[Array, "B T N H"], padding: int) -> Num[Array, "B N padded H"]:
+def _heads_first(x: Num[Array, "B T N H"], padding: Length) -> Num[Array, "B N padded H"]:
     """Heads before lengths, with zeros appended to the length."""
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
 
@@ -328,6 +329,11 @@ def _add_keys(
 
 def _zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, wide_type(x.dtype)), tree)
+
+
+def _no_sums(tree: PyTree) -> PyTree:
+    """Zeros; of scalars one, since JAX cannot map loops with scalars over an Explicit axis."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape or (1,), wide_type(x.dtype)), tree)
 
 
 def _wide(tree: PyTree) -> PyTree:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.precision import wide_type
-from posjax.types import Array, Float, Num
+from posjax.types import Array, Float, Length, Num
 
 __all__ = [
     "LN2",
@@ -102,7 +102,7 @@ def _row_products_bwd(residuals, cotangent):
     return da, db
 
 
-_row_products.defvjp(lambda a, b: (_row_products(a, b), (a, b)), _row_products_bwd)
+_row_products.defvjp(lambda a, b: (_contract("bkrh,bksh->bkrs", a, b), (a, b)), _row_products_bwd)
 
 
 def weighted_sum(
@@ -145,7 +145,7 @@ class Softmax(NamedTuple):
     output: Float[Array, "B N t E"]
 
     @classmethod
-    def start(cls, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> "Softmax":
+    def start(cls, shape: tuple[Length, int, int, int], dtype: jnp.dtype) -> "Softmax":
         """Nothing seen yet, for outputs of `shape` [B, N, t, E]."""
         row = jnp.full(shape[:3], -jnp.inf, dtype)
         return cls(row, jnp.zeros_like(row), jnp.zeros(shape, dtype))
@@ -162,7 +162,10 @@ class Softmax(NamedTuple):
         """
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
-        maximum = jnp.maximum(self.maximum, jnp.max(logits, axis=-1))
+        # The result does not depend on it, and to differentiate it is a division by 0 if a compiler
+        # rounds a logit in two ways.
+        highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        maximum = jnp.maximum(self.maximum, highest)
         weights = exponentials(logits, maximum)
         shrink = jnp.exp(self.maximum - _finite(maximum))
         total = self.total * shrink + jnp.sum(weights, axis=-1)

@@ -106,7 +106,11 @@ def _without_forward_mode(x: Array) -> Array:
 
 @_without_forward_mode.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return primals[0], _only_backwards.bind(tangents[0])
+    (primal,), (tangent,) = primals, tangents
+    # Many tangents of one value: `jax.jacfwd`, refused at once.
+    if hasattr(tangent, "batch_dim") and not hasattr(primal, "batch_dim"):
+        raise NotImplementedError(_NO_FORWARD_MODE)
+    return primal, _only_backwards.bind(tangent)
 
 
 def _without_transpose(tangent: Array) -> Array:

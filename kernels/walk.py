@@ -11,6 +11,7 @@ from posjax.biases.base import Bias, Tile
 from posjax.dropout import Dropout
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.common import capped, dots, weighted_sum, widened
+from posjax.kernels.derivatives import resolved
 from posjax.masks import Mask
 from posjax.precision import wide_type
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
@@ -101,7 +102,8 @@ class Walk:
         """The walk of one block of queries, with the bias's rows."""
         rows = None
         if arrays.bias is not None:
-            rows = merge_bias(arrays.bias, fixed.bias).rows(block.query)
+            of = lambda query, bias: merge_bias(bias, fixed.bias).rows(query)  # noqa: E731
+            rows = resolved(of, block.query, arrays.bias)
         return cls(static, block, arrays, fixed, rows, varying_axes(block.query))
 
     @property

@@ -208,7 +208,7 @@ def _is_less(a: Any, b: Any) -> bool:
     """Whether surely a < b; of symbolic lengths it may not be known."""
     try:
         return bool(a < b)
-    except jax.core.InconclusiveDimensionOperation:
+    except jax.errors.InconclusiveDimensionOperation:
         return False
 
 

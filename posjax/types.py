@@ -26,9 +26,23 @@ from typing import Any, Literal
 from jax import Array, ShapeDtypeStruct
 from jaxtyping import Bool, Float, Int, Num
 
-__all__ = ["Array", "Bool", "Float", "Implementation", "Int", "Num", "PyTree", "Shaped", "Window"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Implementation",
+    "Int",
+    "Length",
+    "Num",
+    "PyTree",
+    "Shaped",
+    "Window",
+]
 
 PyTree = Any
+
+# The length of an axis: an integer, or a symbol of `jax.export`.
+Length = Any
 
 # What has a shape and a dtype.
 Shaped = Array | ShapeDtypeStruct

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -141,6 +141,15 @@ PLACES = {
     "vmap, explicit": Mapped(AxisType.Explicit, spmd),
     "pmap": Mapped(AxisType.Auto, jax.pmap),
 }
+# One of each kind.
+TRACED = [
+    "auto, two axes",
+    "explicit, two axes",
+    "shard_map",
+    "shard_map over one of two axes",
+    "vmap, auto",
+    "vmap, explicit",
+]
 
 
 @functools.cache
@@ -170,7 +179,7 @@ def check(name, description, implementation, *, jit):
 _no_mesh = contextlib.nullcontext
 
 
-@pytest.mark.parametrize("name", [name for name in PLACES if name != "pmap"])
+@pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("description", DESCRIPTIONS)
 def test_every_description_can_be_traced_everywhere(description, name):
     place = PLACES[name]
@@ -200,10 +209,11 @@ def test_without_a_bias_by_default_everywhere(name):
     check(name, "none", None, jit=True)
 
 
-@pytest.fixture
-def plain_interpreter(monkeypatch):
-    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr("posjax.kernels.interpreters.is_interpreted", lambda kind: True)
+@pytest.mark.parametrize("name", ["auto, two axes", "explicit, two axes", "shard_map", "pmap"])
+@pytest.mark.parametrize("description", ["contextual, own gates", "relative"])
+def test_the_tpu_kernels(description, name):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        check(name, description, "tpu", jit=True)
 
 
 def test_the_module_has_every_description():
