@@ -25,7 +25,6 @@ from posjax.kernels import blocks as sizes
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.common import Attended, Softmax, dots, transposed_sum
 from posjax.kernels.derivatives import resolved, with_gradients
-from posjax.kernels.varying import varying_axes, varying_over
 from posjax.kernels.walk import (
     Arrays,
     Fixed,
@@ -42,6 +41,7 @@ from posjax.kernels.walk import (
 from posjax.precision import wide, wide_type
 from posjax.problem import Problem
 from posjax.types import Array, Float, Num, PyTree
+from posjax.varying import alike, is_mapped_over_mesh, varying_axes, varying_over
 
 __all__ = ["refuses", "run"]
 
@@ -62,7 +62,7 @@ def run(problem: Problem, blocks: Blocks | None = None) -> Attended:
     Args:
         blocks: None: those of `kernels.blocks`.
     """
-    problem = varying_over(varying_axes(problem), problem)
+    problem = alike(problem)
     query, key = problem.query, problem.key
     if blocks is None:
         blocks = sizes.blockwise_sizes(query.shape[1], key.shape[1])
@@ -99,7 +99,8 @@ def _arguments(
         floating,
         None if is_known else scale,
     )
-    static = Static(scale if is_known else None, problem.soft_cap, blocks)
+    known = scale if is_known else None
+    static = Static(known, problem.soft_cap, blocks, stops_early=not is_mapped_over_mesh())
     return static, arrays, Fixed(others, mask, dropout)
 
 

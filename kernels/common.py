@@ -69,15 +69,24 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 def _group_rows(x: Num[Array, "B N t H"], kv_heads: int) -> Num[Array, "B K Gt H"]:
     """Puts the query heads of one key/value head under each other, to share its products."""
-    batch, _, _, size = x.shape
-    return x.reshape(batch, kv_heads, -1, size)
+    batch, heads, length, size = x.shape
+    # One axis at a time, as JAX wants it over Explicit meshes.
+    apart = x.reshape(batch, kv_heads, heads // kv_heads, length, size)
+    return apart.reshape(batch, kv_heads, -1, size)
+
+
+def _ungroup_rows(x: Num[Array, "B K Gt H"], heads: int) -> Num[Array, "B N t H"]:
+    """The inverse of `_group_rows`."""
+    batch, kv_heads, rows, size = x.shape
+    groups = heads // kv_heads
+    apart = x.reshape(batch, kv_heads, groups, rows // groups, size)
+    return apart.reshape(batch, heads, rows // groups, size)
 
 
 def dots(query: Num[Array, "B N t H"], key: Num[Array, "B K s H"]) -> Float[Array, "B N t s"]:
     """Query . key in float32 for grouped heads."""
-    batch, heads, length, _ = query.shape
     product = _row_products(_group_rows(query, key.shape[1]), key)
-    return product.reshape(batch, heads, length, key.shape[2])
+    return _ungroup_rows(product, query.shape[1])
 
 
 @jax.custom_vjp
@@ -100,9 +109,8 @@ def weighted_sum(
     weights: Float[Array, "B N t s"], value: Num[Array, "B K s E"]
 ) -> Float[Array, "B N t E"]:
     """Sum of value rows in float32 for grouped heads."""
-    batch, heads, length, _ = weights.shape
     grouped = _group_rows(weights, value.shape[1]).astype(value.dtype)
-    return _contract("bkrs,bksh->bkrh", grouped, value).reshape(batch, heads, length, -1)
+    return _ungroup_rows(_contract("bkrs,bksh->bkrh", grouped, value), weights.shape[1])
 
 
 def widened(x: Float[Array, "B N t H"], size: int) -> Float[Array, "B N t E"]:

@@ -10,6 +10,7 @@ device. Over Explicit axes, batches and heads are split as those of the query ar
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from posjax.axes import HEADS
 from posjax.kernels.common import Attended
 from posjax.problem import Problem
 from posjax.types import Array
+from posjax.varying import mapped_axes, remembering_maps
 
 __all__ = ["over_mesh"]
 
@@ -71,10 +73,10 @@ def _run_split(chosen: Any, split: _Split, problem: Problem) -> Attended:
         return chosen.run(problem)
 
     specs = problem.map_arrays(split.spec)
-    if _explicit(mesh):
+    if _explicit(mesh, split.manual):
         problem = jax.tree.map(jax.sharding.reshard, problem, specs)
     batch, heads = split.batch or None, split.heads or None
-    return jax.shard_map(
+    run = jax.shard_map(
         of_own_heads,
         in_specs=(specs,),
         out_specs=Attended(
@@ -83,8 +85,11 @@ def _run_split(chosen: Any, split: _Split, problem: Problem) -> Attended:
             P(batch, heads) if problem.returns_weights else None,
         ),
         axis_names=set(split.manual),
-        check_vma=False,
-    )(problem)
+        # Pallas has no interpreter that knows over which axes values vary.
+        check_vma=chosen.split != "heads",
+    )
+    with remembering_maps():
+        return run(problem)
 
 
 # Eagerly, a `shard_map` over some axes of a mesh with several cannot place its output.
@@ -93,8 +98,9 @@ _compiled = functools.partial(jax.jit, static_argnums=(0, 1))(_run_split)
 
 def _split(mesh: jax.sharding.AbstractMesh, problem: Problem, how: str) -> _Split | None:
     """How a problem is split over the axes that are not manual yet; None if it is not."""
-    free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
-    explicit, is_pallas = _explicit(mesh), how == "heads"
+    taken = {*mesh.manual_axes, *mapped_axes()}
+    free = [name for name in mesh.axis_names if name not in taken]
+    explicit, is_pallas = _explicit(mesh, free), how == "heads"
     sizes = problem.query.shape[0], problem.key.shape[2]
     if explicit:
         spec = jax.typeof(problem.query).sharding.spec
@@ -114,9 +120,10 @@ def _split(mesh: jax.sharding.AbstractMesh, problem: Problem, how: str) -> _Spli
     return _Split(batch, heads, tuple(free) if explicit or is_pallas else batch)
 
 
-def _explicit(mesh: jax.sharding.AbstractMesh) -> bool:
-    """Whether the mesh has Explicit axes, over which every operation must say how it is split."""
-    return AxisType.Explicit in mesh.axis_types
+def _explicit(mesh: jax.sharding.AbstractMesh, free: Sequence[str]) -> bool:
+    """Whether some axes are Explicit: every operation must say how it is split over these."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return AxisType.Explicit in [kinds[name] for name in free]
 
 
 def _names(spec: P, axis: int) -> list[str]:

@@ -11,10 +11,10 @@ from posjax.biases.base import Bias, Tile
 from posjax.dropout import Dropout
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.common import capped, dots, weighted_sum, widened
-from posjax.kernels.varying import varying_axes, varying_over
 from posjax.masks import Mask
 from posjax.precision import wide_type
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
+from posjax.varying import varying_axes, varying_over
 
 __all__ = [
     "Arrays",
@@ -32,11 +32,16 @@ __all__ = [
 
 
 class Static(NamedTuple):
-    """Everything that is known when the code is compiled; `scale` is None if it is not."""
+    """Everything that is known when the code is compiled; `scale` is None if it is not.
+
+    `stops_early` is whether the walk of the head ends where the bias has finished. Under a
+    `jax.vmap` over an Explicit axis of the mesh it cannot: all loops there are equally long.
+    """
 
     scale: float | None
     soft_cap: float | None
     blocks: Blocks
+    stops_early: bool = True
 
 
 class Arrays(NamedTuple):
@@ -143,8 +148,14 @@ class Walk:
         return varying_over(self.varying, tree)
 
     def going_on(self, index: Array, carry: PyTree) -> Array:
-        """Whether block `index` is visible and belongs to the head."""
-        return (index >= self.block.first) & ~merge_bias(self.bias, self.fixed.bias).finished(carry)
+        """Whether block `index` is visible and belongs to the head.
+
+        Without `stops_early` the head is all.
+        """
+        is_visible = index >= self.block.first
+        if not self.static.stops_early:
+            return is_visible
+        return is_visible & ~merge_bias(self.bias, self.fixed.bias).finished(carry)
 
     def keys(self, x: Num[Array, "B K S H"], index: Array) -> Num[Array, "B K s H"]:
         """Block `index` of keys or values."""

@@ -150,8 +150,8 @@ def _solved(problem: Problem, implementation: Any) -> Attended:
     chosen = choose(problem, implementation)
     note(chosen, problem)
     if problem.is_empty:
-        return _nothing(problem)
-    if jax.sharding.get_abstract_mesh().axis_names:
+        result = _nothing(problem)
+    elif jax.sharding.get_abstract_mesh().axis_names:
         result = over_mesh(chosen, problem)
     else:
         result = chosen.run(problem)

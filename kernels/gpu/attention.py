@@ -35,6 +35,7 @@ from posjax.kernels.interpreters import gpu_interpreter
 from posjax.masks import Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array
+from posjax.varying import alike
 
 __all__ = ["run"]
 
@@ -47,6 +48,7 @@ def run(problem: Problem, blocks: GpuBlocks | None = None) -> Attended:
     Args:
         blocks: None: those of `kernels.blocks`.
     """
+    problem = alike(problem)
     query, value, cope = problem.query, problem.value, contextual(problem.bias)
     size = next(size for size in SIZES if size >= max(query.shape[3], value.shape[3]))
     if blocks is None:

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from posjax.kernels.gpu.plan import GROUPS, ROWS
 from posjax.kernels.interpreters import gpu_interpreter
 from posjax.types import Array, Num
+from posjax.varying import alike, varying_like
 
 __all__ = [
     "Buffer",
@@ -140,7 +141,7 @@ def launch(
             f"{name} needs {_shared_bytes(scratch):,} bytes of shared memory of {_AVAILABLE:,}; "
             "take fewer keys or stages (kernels.blocks.GpuBlocks)."
         )
-    arrays, inputs_tree = jax.tree.flatten(inputs)
+    arrays, inputs_tree = jax.tree.flatten(alike(inputs))
     shapes, outputs_tree = jax.tree.flatten(outputs)
 
     def body(*references):
@@ -151,7 +152,7 @@ def launch(
 
     run = plgpu.kernel(
         body,
-        out_type=shapes,
+        out_type=varying_like(arrays, shapes),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=groups + 1,

@@ -31,6 +31,7 @@ from posjax.kernels.tpu.plan import LANES, CopePlan, Plan, interleave
 from posjax.masks import Mask, Ranges, walk_ranges
 from posjax.problem import Problem
 from posjax.types import Array
+from posjax.varying import alike
 
 __all__ = ["holds", "refuses", "run"]
 
@@ -56,6 +57,7 @@ def run(problem: Problem, blocks: TpuBlocks | None = None) -> Attended:
     Raises:
         ValueError: blocks that do not fit a relative bias.
     """
+    problem = alike(problem)
     query, key = problem.query, problem.key
     by_distance = bool(relatives(problem.bias))
     if blocks is None:

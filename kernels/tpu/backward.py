@@ -41,6 +41,7 @@ from posjax.kernels.tpu.registers import TN, from_row, matmul, packed_shape, red
 from posjax.kernels.tpu.tables import table_scratch
 from posjax.masks import Ranges, Span
 from posjax.types import Array
+from posjax.varying import alike, varying_like
 
 __all__ = ["backward"]
 
@@ -67,12 +68,12 @@ def backward(plan: Plan, ranges: Ranges, inputs: Inputs, residuals: Residuals) -
             out_specs=[layout.gradient_specs(gradients, at)],
             scratch_shapes=[_scratch(plan, layout)],
         ),
-        out_shape=[gradients],
+        out_shape=[varying_like((inputs, residuals), gradients)],
         compiler_params=compiler_params("parallel", "parallel", *["arbitrary"] * 3),
         cost_estimate=layout.cost(products=5),
         name="posjax_attention_backward",
     )
-    (gradients,) = kernel(ranges.flat, inputs, residuals)
+    (gradients,) = kernel(*alike((ranges.flat, inputs, residuals)))
     return gradients
 
 

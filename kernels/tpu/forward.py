@@ -37,6 +37,7 @@ from posjax.kernels.tpu.plan import LANES, GridIndices, Layout, Plan, compiler_p
 from posjax.kernels.tpu.tables import table_scratch
 from posjax.masks import Ranges, Span
 from posjax.types import Array
+from posjax.varying import alike, varying_like
 
 __all__ = ["forward"]
 
@@ -62,12 +63,12 @@ def forward(plan: Plan, ranges: Ranges, inputs: Inputs) -> Outputs:
             out_specs=[layout.output_specs(outputs, at)],
             scratch_shapes=[_scratch(plan, layout)],
         ),
-        out_shape=[outputs],
+        out_shape=[varying_like(inputs, outputs)],
         compiler_params=compiler_params("parallel", "parallel", "arbitrary", "arbitrary"),
         cost_estimate=layout.cost(products=2),
         name="posjax_attention_forward",
     )
-    (outputs,) = kernel(ranges.flat, inputs)
+    (outputs,) = kernel(*alike((ranges.flat, inputs)))
     return outputs
 
 

@@ -143,8 +143,9 @@ class ContextualBias(Bias):
         """Products of query and gate key of the block."""
         batch, heads, length, size = query.shape
         gate_key = wide(jnp.swapaxes(self.gate_key, 1, 2))
-        grouped = wide(query).reshape(batch, gate_key.shape[1], -1, size)
-        dots = jnp.einsum("bmth,bmsh->bmts", grouped, gate_key, precision=_EXACT)
+        many = gate_key.shape[1]
+        grouped = wide(query).reshape(batch, many, heads // many, length, size)
+        dots = jnp.einsum("bmgth,bmsh->bmgts", grouped, gate_key, precision=_EXACT)
         return dots.reshape(batch, heads, length, -1)
 
     def _project(self, query: Array, table: Array) -> Float[Array, "B N t P"]:

@@ -14,6 +14,7 @@ from posjax import checks
 from posjax.biases.base import Bias, Tile, check_positions
 from posjax.precision import wide
 from posjax.types import Array, Float, Num
+from posjax.varying import varying_axes, varying_over
 
 __all__ = ["ClippedTableBias", "MultiplierBias", "look_up"]
 
@@ -155,7 +156,9 @@ class ClippedTableBias(_ByDistance):
         relative = self._relative(tile)
         shape = (*weights.shape[:3], sum(self.clip) + 1)
         pick = lambda rows: look_up(rows, relative, self.clip)  # noqa: E731
-        (total,) = jax.vjp(pick, jnp.zeros(shape, weights.dtype))[1](weights)
+        # Of a constant, the gradient would be summed over the devices of a `shard_map`.
+        nothing = varying_over(varying_axes(weights), jnp.zeros(shape, weights.dtype))
+        (total,) = jax.vjp(pick, nothing)[1](weights)
         table = wide(self.value_table)
         letters = "bntp,ph->bnth" if table.ndim == 2 else "bntp,nph->bnth"
         return jnp.einsum(letters, total, table, precision=_EXACT)
@@ -253,6 +256,7 @@ class MultiplierBias(_ByDistance):
             return total + term(*channel), None
 
         total = jnp.zeros((*query.shape[1:], key.shape[2]), query.dtype)
+        total = varying_over(varying_axes((query, key, table, relative)), total)
         return jax.lax.scan(step, total, (query, key, table))[0]
 
 
