@@ -229,9 +229,8 @@ def _check_softmax(bias: Bias, sinks: Any, return_residual: Any) -> None:
     """Sinks take part in a softmax, and the log-sum-exp is its denominator."""
     given = "sinks" if sinks is not None else "return_residual=True" if return_residual else None
     if given is not None and not bias.uses_softmax:
-        raise ValueError(
-            f"{given} is for a softmax, and weights by {type(bias).__name__} have none."
-        )
+        name = type(bias).__name__
+        raise ValueError(f"{given} is for a softmax, and attention with {name} has none.")
 
 
 def _tokens(

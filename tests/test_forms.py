@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import posjax
 from posjax import dot_product_attention, forms
 
 QUERY = jnp.ones((2, 3, 2, 4))
@@ -78,3 +79,25 @@ def test_a_sink_of_minus_infinity_is_none(implementation):
     np.testing.assert_allclose(log_sum_exp[:, :, 0], want[1][:, :, 0], rtol=1e-6)
     assert jnp.all(jnp.isfinite(of_query)) and jnp.all(of_query[:, 1] != 0)
     assert of_sinks[0] == 0 and of_sinks[1] != 0
+
+
+@pytest.mark.parametrize("settings", [{"sinks": jnp.ones(2)}, {"return_residual": True}])
+def test_what_belongs_to_a_softmax_needs_one(settings):
+    bias = posjax.StickBreakingBias()
+    with pytest.raises(ValueError, match="for a softmax, and attention with StickBreakingBias has"):
+        attention(QUERY, bias=bias, is_causal=True, **settings)
+
+
+@pytest.mark.parametrize("keys", [0, 3])
+def test_no_queries_and_no_keys(keys):
+    """The log-sum-exp is that of the sinks alone."""
+    key = QUERY[:, :keys]
+    call = lambda query, sinks: dot_product_attention(  # noqa: E731
+        query, key, key, sinks=sinks, return_residual=True
+    )
+    output, log_sum_exp = call(QUERY, jnp.array([1.0, 2.0]))
+    assert call(QUERY[:, :0], None)[0].shape == (2, 0, 2, 4)
+    if not keys:
+        assert jnp.all(output == 0)
+        np.testing.assert_array_equal(log_sum_exp, np.broadcast_to([1.0, 2.0], (2, 3, 2)))
+        assert jnp.all(call(QUERY, None)[1] == -jnp.inf)
