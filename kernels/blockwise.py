@@ -48,6 +48,8 @@ __all__ = ["refuses", "run"]
 
 def refuses(problem: Problem) -> str | None:
     """The reason why there is no blockwise form; None if there is one."""
+    if problem.returns_weights:
+        return "blockwise attention has no weights to give to a module"
     return None if problem.bias is None else problem.bias.only_dense
 
 

@@ -11,7 +11,7 @@ from posjax.biases.contextual import ContextualBias
 from posjax.biases.relative import RelativeBias
 from posjax.biases.sum import addends
 from posjax.forms import NO_KEY, NO_QUERY
-from posjax.kernels.common import LN2, LOG2E, MASKED, Attended
+from posjax.kernels.common import LOG2E, MASKED, Attended
 from posjax.masks import Mask, Tokens
 from posjax.problem import Problem
 from posjax.types import Array, Float, Int, Num
@@ -154,7 +154,8 @@ def attended(
     """
     if not problem.needs_log_sum_exp:
         return Attended(output, lse)
-    lse = jnp.where(lse <= MASKED * LN2, -jnp.inf, lse)
+    # A row that sees nothing has MASKED, in units of ln 2 and rounded.
+    lse = jnp.where(lse < 0.5 * MASKED, -jnp.inf, lse)
     cope = contextual(problem.bias)
     if cope is None:
         return Attended(output, lse)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from posjax.kernels.blocks import platform
 from posjax.kernels.common import Attended
 from posjax.problem import Problem
 
@@ -13,7 +14,7 @@ def refuses(problem: Problem) -> str | None:
     """The reason why `jax.nn.dot_product_attention` is not the same; None if it is."""
     if problem.mask.window is not None:
         return "the dense attention of jax.nn is for no mask, or is_causal alone"
-    return unlike_jax(problem)
+    return unlike_jax(problem) or _type_fails(problem.query.dtype)
 
 
 def run(problem: Problem) -> Attended:
@@ -27,6 +28,15 @@ def run(problem: Problem) -> Attended:
             is_causal=problem.mask.is_causal,
         )
     )
+
+
+def _type_fails(dtype: jnp.dtype) -> str | None:
+    """The reason why `jax.nn` fails with inputs of a type; None if it does not."""
+    if dtype != jnp.float32 and jax.config.jax_numpy_dtype_promotion == "strict":
+        return f"jax.nn mixes {dtype} with float32, which strict dtype promotion forbids"
+    if dtype == jnp.float16 and platform() != "gpu":
+        return f"jax.nn has a product of float16 that is not compiled for {platform()}s"
+    return None
 
 
 def unlike_jax(problem: Problem) -> str | None:

@@ -10,7 +10,7 @@ from posjax.biases.base import Bias
 from posjax.implementations import choose, note, reasons
 from posjax.kernels.common import Attended
 from posjax.kernels.sharding import over_mesh
-from posjax.precision import wide_type
+from posjax.precision import wide, wide_type
 from posjax.problem import Problem
 from posjax.types import Array, Bool, Float, Implementation, Int, Num, Window
 
@@ -150,8 +150,8 @@ def _solved(problem: Problem, implementation: Any) -> Attended:
     chosen = choose(problem, implementation)
     note(chosen, problem)
     if problem.is_empty:
-        return _nothing(problem)
-    if jax.sharding.get_abstract_mesh().axis_names:
+        result = _nothing(problem)
+    elif jax.sharding.get_abstract_mesh().axis_names:
         result = over_mesh(chosen, problem)
     else:
         result = chosen.run(problem)
@@ -171,11 +171,14 @@ def _nothing(problem: Problem) -> Attended:
 def _with_sinks(result: Attended, sinks: Float[Array, "N"]) -> Attended:
     """The result if each head has one more logit, whose value is 0."""
     without, sinks = result.log_sum_exp, sinks[None, None]
-    of_keys = jax.nn.sigmoid(without - sinks)[..., None]
+    # Without any weight, also if a sink is -inf.
+    difference = jnp.where(without == -jnp.inf, -jnp.inf, without - sinks)
+    of_keys = jax.nn.sigmoid(difference)[..., None]
+    scaled = lambda x, factors: (wide(x) * factors).astype(x.dtype)  # noqa: E731
     return Attended(
-        (result.output * of_keys).astype(result.output.dtype),
+        scaled(result.output, of_keys),
         jnp.logaddexp(without, sinks),
-        None if result.weights is None else result.weights * jnp.swapaxes(of_keys, 1, 2),
+        None if result.weights is None else scaled(result.weights, jnp.swapaxes(of_keys, 1, 2)),
     )
 
 

@@ -55,7 +55,7 @@ class Lettered:
                 changed[field.name] = tuple(map(function, value))
         return dataclasses.replace(self, **changed)
 
-    def _letters_of(self, name: str, shape: tuple[int, ...]) -> str:
+    def letters_of(self, name: str, shape: tuple[int, ...]) -> str:
         """The letters of an array; axes of length 1 that broadcast (#) have "1" for a letter."""
         marks = _parts_of(_annotated(type(self)).get(name), len(shape))
         rows = zip(self.letters(name, len(shape)), marks, shape, strict=True)
@@ -68,7 +68,7 @@ class Lettered:
             rows = zip(value, *others, strict=True)
             return tuple(part.map_arrays(function, *rest) for part, *rest in rows)
         if name in _annotated(type(self)):
-            return function(self._letters_of(name, jnp.shape(value)), value, *others)
+            return function(self.letters_of(name, jnp.shape(value)), value, *others)
         return jax.tree.map(functools.partial(function, ""), value, *others)
 
 

@@ -57,10 +57,14 @@ def array_of(name: str, x: Any) -> Shaped:
         raise ValueError(f"{name} is {x!r}; it must be an array.") from error
 
 
-def known(x: Shaped) -> np.ndarray | None:
-    """The values of an array; None while a function is traced, and on other machines."""
-    is_here = isinstance(x, np.ndarray) or getattr(x, "is_fully_addressable", False)
-    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) or not is_here:
+def known(x: Any) -> np.ndarray | None:
+    """The values of what `array_of` takes; None while a function is traced, and on other machines.
+
+    Numbers of Python and NumPy are known in a trace, too, but not the arrays made of them there.
+    """
+    absent = jax.core.Tracer | jax.ShapeDtypeStruct
+    is_here = lambda part: getattr(part, "is_fully_addressable", True)  # noqa: E731
+    if any(isinstance(part, absent) or not is_here(part) for part in jax.tree.leaves(x)):
         return None
     return np.asarray(x)
 
@@ -104,23 +108,30 @@ def broadcastable(name: str, x: Array, shape: Shape) -> Num[Array, "#B #N #T #S"
 
 
 def mask_of(mask: Any, shape: Shape) -> tuple[Bool[Array, "#B #N #T #S"], Bool[Array, ""] | None]:
-    """An explicit mask, and whether each of its numbers is 0 or 1; None for booleans.
+    """An explicit mask, and whether each of its numbers is 0 or 1; None if that is known.
+
+    If it is not so, every query sees every key, so that a query of NaN gives NaN.
 
     Raises:
         ValueError: it does not broadcast to [batch, heads, queries, keys], or has other numbers
             than 0 and 1, as a mask to be added has: that is a bias.
     """
-    mask = broadcastable("mask", array_of("mask", mask), shape)
-    if mask.dtype == jnp.bool_:
-        return mask, None
-    holds = jnp.all((mask == 0) | (mask == 1))
-    if known(holds) is not None and not holds:
-        other = mask.reshape(-1)[jnp.argmax((mask != 0) & (mask != 1))]
+    array = broadcastable("mask", array_of("mask", mask), shape)
+    if array.dtype == jnp.bool_:
+        return array, None
+    numbers = mask if isinstance(mask, np.ndarray) else array
+    is_other = (numbers != 0) & (numbers != 1)
+    found = known(is_other.any())
+    if found:
+        other = numbers.reshape(-1)[is_other.reshape(-1).argmax()]
         raise ValueError(
             f"mask holds {other}; it must be True or 1 where a query may attend to a key, and "
             "False or 0 elsewhere (what is added to logits is a bias)."
         )
-    return mask == 1, holds
+    if found is not None:
+        return array == 1, None
+    holds = ~is_other.any()
+    return (array == 1) | ~holds, holds
 
 
 def row_of(name: str, x: Any, shape: Shape, length: int) -> Int[Array, "#B length"]:
@@ -146,7 +157,7 @@ def with_lengths(
         segments: those that the caller gives.
         lengths: of queries and keys, one for each sequence; None: all are real.
     """
-    if lengths == (None, None):
+    if all(x is None for x in lengths):
         return segments
     names = ("query_seq_lengths", "key_value_seq_lengths")
     sizes, hidden = (shape.queries, shape.keys), (NO_QUERY, NO_KEY)
@@ -160,10 +171,10 @@ def _hidden_beyond(
     ids = jnp.zeros((1, size), jnp.int32) if ids is None else ids
     if lengths is None:
         return ids
-    lengths = array_of(name, lengths)
+    given, lengths = lengths, array_of(name, lengths)
     checks.shape(name, lengths, *{shape.batch, (shape.sequences,)})
     checks.dtype(name, lengths, jnp.integer)
-    values = known(lengths)
+    values = known(given)
     if values is not None:
         holds = values.size == 0 or (values.min() >= 0 and values.max() <= size)
         checks.require(name, values.tolist(), holds, f"from 0 to {size}, the number of tokens")

@@ -44,7 +44,7 @@ class Implementation:
     name: str
     module: str
     platform: Literal["tpu", "gpu"] | None = None
-    fewest_queries: int = 1
+    fewest_queries: int = 0
     most_pairs: int | None = None
     only_by_name: str | None = None
     split: Literal["no", "batch", "heads"] = "no"

@@ -4,12 +4,13 @@ Any block of the [T, S] matrix can be read from the description. True always mea
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from posjax.axes import Lettered
+from posjax.axes import Lettered, block_of, padded
 from posjax.types import Array, Bool, Int
 
 __all__ = ["Mask", "Ranges", "Span", "Tokens", "walk_ranges"]
@@ -65,7 +66,7 @@ class Mask(Lettered):
 
     query: Tokens
     key: Tokens
-    array: Bool[Array, "#B #N T S"] | None = None
+    array: Bool[Array, "#B #N #T #S"] | None = None
     is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
     window: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     has_given_positions: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -96,9 +97,7 @@ class Mask(Lettered):
 
     def pad(self, queries: int, keys: int) -> "Mask":
         """The mask with invalid queries and keys appended."""
-        array = self.array
-        if array is not None:
-            array = jnp.pad(array, ((0, 0), (0, 0), (0, queries), (0, keys)))
+        array = self._array_by(padded, {"T": queries, "S": keys})
         return dataclasses.replace(
             self, query=self.query.pad(queries), key=self.key.pad(keys), array=array
         )
@@ -107,13 +106,17 @@ class Mask(Lettered):
         self, query_start: Int[Array, ""], query_size: int, key_start: Int[Array, ""], key_size: int
     ) -> "Mask":
         """The same restrictions between `query_size` queries and `key_size` keys."""
-        array = self.array
-        if array is not None:
-            array = jax.lax.dynamic_slice_in_dim(array, query_start, query_size, axis=2)
-            array = jax.lax.dynamic_slice_in_dim(array, key_start, key_size, axis=3)
+        where = {"T": (query_start, query_size), "S": (key_start, key_size)}
+        array = self._array_by(block_of, where)
         query = self.query.block(query_start, query_size)
         key = self.key.block(key_start, key_size)
         return dataclasses.replace(self, query=query, key=key, array=array)
+
+    def _array_by(self, function: Callable[..., Array], where: Any) -> Array | None:
+        """The explicit mask, if there is one, changed along those of its axes that are not 1."""
+        if self.array is None:
+            return None
+        return function(self.letters_of("array", self.array.shape), self.array, where)
 
     def block_range(
         self, block_q: int, block_k: int

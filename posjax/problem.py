@@ -110,6 +110,7 @@ class Problem(Lettered):
         if bias is not None:
             bias = _bias(bias, shape)
             bias.check(query, key, is_causal)
+            _check_softmax(bias, sinks, return_residual)
         segments = _both_segments(shape, query_segment_ids, key_segment_ids)
         lengths = query_seq_lengths, key_value_seq_lengths
         segments = forms.with_lengths(segments, lengths, shape)
@@ -222,6 +223,14 @@ def _bias(bias: Any, shape: Shape) -> Bias:
     if isinstance(bias, Bias):
         return bias
     return as_bias(forms.broadcastable("bias", forms.array_of("bias", bias), shape))
+
+
+def _check_softmax(bias: Bias, sinks: Any, return_residual: Any) -> None:
+    """Sinks take part in a softmax, and the log-sum-exp is its denominator."""
+    given = "sinks" if sinks is not None else "return_residual=True" if return_residual else None
+    if given is not None and not bias.uses_softmax:
+        name = type(bias).__name__
+        raise ValueError(f"{given} is for a softmax, and attention with {name} has none.")
 
 
 def _tokens(

@@ -60,6 +60,7 @@ OPTIONAL = {
     "torch": "agreement with PyTorch code: RoPE, ALiBi, T5 and CoPE of other libraries",
     "transformers": "agreement with Hugging Face's ALiBi, T5 and RoPE",
     "x-transformers": "agreement with x-transformers' CoPE",
+    "tokamax": "agreement with tokamax's attention",
     "networkx": "graph spectra against networkx's",
     "libtpu": "compilation for TPUs (extra `aot`)",
     "jax-cuda13-plugin": "compilation for an H200 (extra `aot`)",

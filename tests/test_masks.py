@@ -46,6 +46,19 @@ def test_trivial_only_without_restriction():
     assert not mask(2, 3).pad(0, 1).is_trivial
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 6), (1, 1, 4, 1), (1, 1, 1, 1), (1, 1, 4, 6)])
+def test_blocks_of_a_mask_that_broadcasts(shape):
+    array = jnp.arange(np.prod(shape)).reshape(shape) % 3 != 1
+    whole = mask(4, 6, array=array)
+    padded = whole.pad(2, 3)
+    np.testing.assert_array_equal(
+        padded.dense()[:, :, :4, :6], jnp.broadcast_to(whole.dense(), (1, 1, 4, 6))
+    )
+    assert not jnp.any(padded.dense()[:, :, 4:]) and not jnp.any(padded.dense()[..., 6:])
+    block = padded.block(2, 4, 3, 6).dense()
+    np.testing.assert_array_equal(block, padded.dense()[:, :, 2:, 3:])
+
+
 @given(
     st.integers(1, 4),
     st.integers(1, 4),
