@@ -13,8 +13,9 @@ and one line to its `__init__`. Most encodings belong to a family and say one th
 | `posjax.encodings.wrapper.Wrapper`       | what it changes around another encoding           |
 
 A model creates the encoding once for itself (places 1 and 2, `shared`, `init_state`) and once in
-each layer (the rest, of `encoding.layer(index, layers)`); parameters exist only if a method that
-makes them is called. Data passes in this order, with `stream = stream_of(encoding)`:
+each layer (the rest, of `encoding.layer(index, layers)`, an unbound copy, so that no two layers
+share parameters); parameters exist only if a method that makes them is called. Data passes in this
+order, with `stream = stream_of(encoding)`:
 
 | place | once per model                                                                  |
 |-------|---------------------------------------------------------------------------------|
@@ -92,8 +93,12 @@ class PositionEncoding(nn.Module):
         super().__post_init__()
 
     def layer(self, index: int, layers: int) -> Self:
-        """The encoding of layer `index` of `layers`, for encodings that differ between layers."""
-        return self
+        """The encoding of layer `index` of `layers`: an unbound copy, with parameters of its own.
+
+        One module handed to several layers would have one set of parameters for all of them.
+        Encodings that differ between layers override this; they return unbound copies, too.
+        """
+        return self.clone(parent=None, name=None)
 
     def positions(
         self,

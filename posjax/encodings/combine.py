@@ -69,8 +69,7 @@ class Combine(StreamEncoding):
     def layer(self, index, layers):
         """The parts' own forms for the layer."""
         parts = tuple(part.layer(index, layers) for part in self.encodings)
-        same = all(new is old for new, old in zip(parts, self.encodings, strict=True))
-        return self if same else self.clone(parent=None, encodings=parts)
+        return self.clone(parent=None, name=None, encodings=parts)
 
     def positions(self, tokens, positions, carry=None, **settings):
         """The indices of each part, and the carry of each part."""

@@ -103,7 +103,9 @@ class CoPE(TrainedBias):
 
     def layer(self, index, layers):
         """No encoding in the layers that `every` leaves out."""
-        return self if index % self.every == 0 else PositionEncoding(parent=None)
+        if index % self.every:
+            return PositionEncoding(parent=None)
+        return super().layer(index, layers)
 
     def setup(self):
         self.gate_projection = _HeadProjection()

@@ -110,8 +110,8 @@ class MsPoE(Rotary):
     def layer(self, index, layers):
         """Plain RoPE below skip_layers, as ratios of 1."""
         if index >= self.skip_layers:
-            return self
-        return self.clone(parent=None, min_ratio=1.0, max_ratio=1.0)
+            return super().layer(index, layers)
+        return self.clone(parent=None, name=None, min_ratio=1.0, max_ratio=1.0)
 
     def turns(self, query, key):
         """RoPE's angles at positions over the ratio of the group."""

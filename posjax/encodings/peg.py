@@ -147,7 +147,9 @@ class PEG(StreamEncoding):
         if self.block is not None and self.block >= layers:
             wanted = f"below {layers}, the number of layers"
             raise ValueError(f"PEG block is {self.block}; it must be {wanted}.")
-        return self if index == self.block else self.clone(parent=None, name=None, block=None)
+        if index == self.block:
+            return super().layer(index, layers)
+        return self.clone(parent=None, name=None, block=None)
 
     def stream_inputs(self, stream):
         """The stream, before this encoding's block."""

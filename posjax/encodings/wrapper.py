@@ -58,7 +58,7 @@ class Wrapper(StreamEncoding):
     def layer(self, index, layers):
         """The same around the encoding's own form for the layer."""
         inner = self.encoding.layer(index, layers)
-        return self if inner is self.encoding else self.clone(parent=None, encoding=inner)
+        return self.clone(parent=None, name=None, encoding=inner)
 
     def inner_indices(self, indices: PyTree) -> PyTree:
         """The indices of the encoding inside, for a subclass that keeps more beside them."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.models.transformer import Cache, Transformer
-from posjax.types import Array, Int, PyTree
+from posjax.types import Array, Float, Int, PyTree
 
 __all__ = ["generate", "init_cache"]
 
@@ -28,7 +28,7 @@ def generate(
     temperature: float = 0.0,
     key: Array | None = None,
 ) -> Int[Array, "B steps"]:
-    """Continues each row of `prompt` by `steps` tokens.
+    """Continues each row of `prompt` by `steps` tokens; compiled once for equal shapes and steps.
 
     Args:
         variables: as given to `model.apply`.
@@ -47,17 +47,44 @@ def generate(
     checks.number("temperature", temperature, low=0)
     wanted = "a random key, with a temperature above 0"
     checks.require("key", key, temperature == 0 or key is not None, wanted)
+    given = jax.random.key(0) if key is None else key
+    run = _compiled if _is_hashable(model) else _generated
+    return run(model, steps, temperature > 0, variables, prompt, temperature, given)
+
+
+def _generated(
+    model: Transformer,
+    steps: int,
+    samples: bool,
+    variables: PyTree,
+    prompt: Int[Array, "B T"],
+    temperature: Float[Array, ""],
+    key: Array,
+) -> Int[Array, "B steps"]:
     batch, length = prompt.shape
     cache = init_cache(model, variables, batch, length + steps)
     logits, cache = model.apply(variables, prompt, cache=cache)
-    keys = jax.random.split(jax.random.key(0) if key is None else key, steps)
 
     def step(state, key):
         last, cache = state
-        scaled = last / temperature if temperature else last
-        token = jax.random.categorical(key, scaled) if temperature else jnp.argmax(last, axis=-1)
+        token = jnp.argmax(last, axis=-1)
+        if samples:
+            token = jax.random.categorical(key, last / temperature)
         logits, cache = model.apply(variables, token[:, None].astype(jnp.int32), cache=cache)
         return (logits[:, -1], cache), token.astype(jnp.int32)
 
-    _, tokens = jax.lax.scan(step, (logits[:, -1], cache), keys)
+    _, tokens = jax.lax.scan(step, (logits[:, -1], cache), jax.random.split(key, steps))
     return tokens.T
+
+
+# Compiled once for equal models, shapes and numbers of steps.
+_compiled = jax.jit(_generated, static_argnums=(0, 1, 2))
+
+
+def _is_hashable(model: Transformer) -> bool:
+    """Whether models can be compared, to find what was compiled before."""
+    try:
+        hash(model)
+    except TypeError:
+        return False
+    return True

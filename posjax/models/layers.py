@@ -148,8 +148,19 @@ def norm(config: TransformerConfig, name: str) -> nn.Module:
 
 
 def write_at(old: Array, new: Array, offset: Int[Array, ""]) -> Array:
-    """`old` [B, S, ...] with the tokens of `new` [B, T, ...] written from `offset` on."""
-    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
+    """`old` [B, S, ...] with the tokens of `new` [B, T, ...] written from `offset` on.
+
+    Tokens beyond S are left out.
+    """
+    room, count, new = old.shape[1], new.shape[1], new.astype(old.dtype)
+    if count == 1:
+        # Where there is no room, the last token is written again.
+        start = jnp.minimum(offset, room - 1)
+        before = jax.lax.dynamic_slice_in_dim(old, start, 1, axis=1)
+        new = jnp.where(offset < room, new, before)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+    places = offset + jnp.arange(count, dtype=jnp.int32)
+    return old.at[:, places].set(new, mode="drop", unique_indices=True)
 
 
 def write_all(old: PyTree, new: PyTree, offset: Int[Array, ""] | None) -> PyTree:

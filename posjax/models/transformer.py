@@ -4,14 +4,16 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.stream import stream_of
+from posjax.forms import known
 from posjax.models.config import TransformerConfig
 from posjax.models.layers import Block, Context, LayerState, norm, write_all
 from posjax.positions import segment_positions, sequence_positions
-from posjax.types import Array, Float, Int, PyTree
+from posjax.types import Array, Bool, Float, Int, PyTree
 
 __all__ = ["Cache", "Transformer"]
 
@@ -25,6 +27,31 @@ class Cache(NamedTuple):
     layers: (
         tuple[LayerState, ...] | LayerState
     )  # with scan_layers one state with a leading layer axis
+
+
+def _known_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B T"]:
+    """Which tokens are in the vocabulary; all of them if their values are known."""
+    checks.dtype("tokens", tokens, jnp.integer)
+    holds = (tokens >= 0) & (tokens < vocab_size)
+    values = known(holds)
+    if values is not None and not values.all():
+        first = np.asarray(tokens)[~values].reshape(-1)[0].item()
+        wanted = f"from 0 to {vocab_size - 1}, in the vocabulary"
+        checks.require("a token", first, False, wanted)
+    return holds
+
+
+def _room(cache: Cache, count: int) -> Bool[Array, "T"]:
+    """For which of `count` more tokens the cache has room; for all if its length is known."""
+    layers = cache.layers if isinstance(cache.layers, LayerState) else cache.layers[0]
+    room, length = layers.attention.key.shape[-3], known(cache.length)
+    if count > room or (length is not None and length + count > room):
+        before = "" if length is None else f" {length} tokens, and"
+        raise ValueError(
+            f"cache has{before} room for {room}, but tokens has {count} more; make a larger one "
+            "with init_cache."
+        )
+    return cache.length + jnp.arange(count, dtype=jnp.int32) < room
 
 
 class Transformer(nn.Module):
@@ -78,11 +105,14 @@ class Transformer(nn.Module):
             segment_ids: tokens see only tokens of the same segment.
             deterministic: False in training: dropout (rng stream "dropout") and random positions
                 ("encoding").
-            cache: the tokens before these; the result is then (logits, cache).
+            cache: the tokens before these; the result is then (logits, cache). Logits of tokens
+                for which it has no room are NaN, if a compiled program cannot raise.
             keep: return (logits, cache) without a cache to start from.
 
         Raises:
-            ValueError: segment_ids together with a cache; an encoding that reads following tokens.
+            ValueError: segment_ids together with a cache; an encoding that reads following tokens;
+                tokens outside the vocabulary, or more than the cache has room for, where their
+                values are known (otherwise their logits are NaN).
             NotImplementedError: a cache with an encoding that cannot decode.
             posjax.positions.LengthError: more tokens than a table of the encoding has rows.
         """
@@ -103,6 +133,9 @@ class Transformer(nn.Module):
             raise NotImplementedError(
                 f"{name} cannot decode with a cache: run the model on all tokens."
             )
+        checks.shape("tokens", tokens, ("batch", "length"))
+        is_known = _known_tokens(tokens, self.vocab_size)
+        has_room = None if cache is None else _room(cache, tokens.shape[1])
         context, carry = self._context(
             encoding, tokens, positions, segment_ids, deterministic, cache
         )
@@ -114,11 +147,15 @@ class Transformer(nn.Module):
             embedding_init=nn.initializers.normal(config.width**-0.5),
             name="embedding",
         )
-        x = encoding.embed(embedding(tokens), context.query_indices)
+        embedded = embedding(jnp.where(is_known, tokens, 0))
+        embedded = jnp.where(is_known[..., None], embedded, jnp.nan)
+        x = encoding.embed(embedded, context.query_indices)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
         flow = x, stream_of(encoding).init_state(context.query_indices, config.sizes)
         x, layers = self._blocks(flow, encoding, context, cache, deterministic)
         logits = self._head(x, embedding)
+        if has_room is not None:
+            logits = jnp.where(has_room[None, :, None], logits, jnp.nan)
         if cache is None and not keep:
             return logits
         seen = tokens.shape[1] if cache is None else cache.length + tokens.shape[1]
@@ -149,10 +186,7 @@ class Transformer(nn.Module):
         """All blocks, one after another or scanned."""
         config = self.config
         # Unbound: each layer makes its own parameters.
-        encodings = [
-            encoding.layer(index, config.layers).clone(parent=None, name=None)
-            for index in range(config.layers)
-        ]
+        encodings = [encoding.layer(index, config.layers) for index in range(config.layers)]
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         if config.scan_layers:
             if any(other != encodings[0] for other in encodings):
