@@ -142,7 +142,7 @@ def _torch(name: str, title: str, contextual: bool) -> Contender:
 
 _HOPPER = {flag: functools.partial(_needs_hopper, contextual=flag) for flag in (False, True)}
 CONTENDERS = {
-    "plain": Contender("jax.nn attention, no encoding (dense on CPU)", _ours(None, False)),
+    "plain": Contender("jax.nn attention, no encoding (dense)", _ours("jax", False)),
     "plain_cudnn": Contender("cuDNN, no encoding", functools.partial(_jax, _cudnn), _needs_cudnn),
     "plain_tokamax": Contender(
         "tokamax, no encoding", functools.partial(_jax, _tokamax), _needs_tokamax

@@ -34,7 +34,7 @@ class Implementation:
         platform: the only kind of devices that runs it; None: every kind.
         fewest_queries: with fewer it is not chosen by itself.
         most_pairs: of a query and a key, with more of which it is not chosen by itself; None: no
-            limit.
+            limit. `most_pairs_on_cpu` likewise, if the devices are CPUs.
         only_by_name: the reason why it is never chosen by itself, except for problems whose result
             has the weights; None: it is.
         split: over which axes of a mesh `kernels.sharding` splits it: "no", "batch", or "heads"
@@ -46,6 +46,7 @@ class Implementation:
     platform: Literal["tpu", "gpu"] | None = None
     fewest_queries: int = 0
     most_pairs: int | None = None
+    most_pairs_on_cpu: int | None = None
     only_by_name: str | None = None
     split: Literal["no", "batch", "heads"] = "no"
     instead: str | None = None
@@ -133,7 +134,11 @@ IMPLEMENTATIONS = (
         split="heads",
         instead="xla",
     ),
-    Implementation("jax", "posjax.kernels.plain", most_pairs=512 * 512),
+    # On CPUs measured: blockwise attention is faster from 256 tokens on (docs/performance.md). For
+    # other devices without a better row, dense attention is bounded by its memory.
+    Implementation(
+        "jax", "posjax.kernels.plain", most_pairs=2048 * 2048, most_pairs_on_cpu=255 * 255
+    ),
     Implementation("xla", "posjax.kernels.blockwise", split="batch"),
     Implementation("reference", "posjax.kernels.reference", only_by_name="it is dense, for tests"),
 )
