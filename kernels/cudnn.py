@@ -7,17 +7,22 @@ from posjax.kernels.common import Attended
 from posjax.kernels.plain import unlike_jax
 from posjax.problem import Problem
 
-__all__ = ["refuses", "run"]
+__all__ = ["refuses", "run", "unsupported"]
 
 
 def refuses(problem: Problem) -> str | None:
     """The reason why cuDNN cannot solve a problem; None if it can."""
+    return unsupported(problem) or _device_refuses(problem.query.shape[3])
+
+
+def unsupported(problem: Problem) -> str | None:
+    """The reason why it cannot be solved on any GPU; None if it can."""
     query, mask = problem.query, problem.mask
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype}; cuDNN takes bfloat16 and float16"
     if mask.window is not None and not mask.is_causal:
         return "cuDNN has a local window only with is_causal"
-    return unlike_jax(problem) or _device_refuses(query.shape[3])
+    return unlike_jax(problem)
 
 
 def run(problem: Problem) -> Attended:

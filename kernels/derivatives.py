@@ -5,6 +5,8 @@
 | `grad`, `vjp`                      | a backward pass that recomputes                           |
 | `jvp` of `grad` (Hessian products) | forward mode through both passes                          |
 | `jvp`, `grad` of `grad`            | refused, with what to use instead                         |
+
+Pallas kernels have no derivative but the first; more is refused there, too.
 """
 
 import contextlib
@@ -19,29 +21,44 @@ from jax.interpreters import ad, batching, mlir
 
 from posjax.types import Array, PyTree
 
-__all__ = ["resolved", "with_gradients"]
+__all__ = [
+    "NO_FORWARD_MODE",
+    "NO_SECOND_DERIVATIVE",
+    "NO_SECOND_REVERSE",
+    "resolved",
+    "with_gradients",
+]
 
-_INSTEAD = 'use implementation="reference", or jax.jvp of jax.grad for products with a Hessian.'
-_NO_FORWARD_MODE = (
+_INSTEAD = (
+    'use implementation="reference", or jax.jvp of jax.grad in "xla" for products with a Hessian.'
+)
+NO_FORWARD_MODE = (
     "this implementation of attention has no forward-mode derivative (jax.jvp, jax.jacfwd); "
     + _INSTEAD
 )
-_NO_SECOND_REVERSE = (
+NO_SECOND_REVERSE = (
     "this implementation of attention cannot be differentiated backwards twice (jax.grad of "
     "jax.grad); " + _INSTEAD
+)
+NO_SECOND_DERIVATIVE = (
+    "Pallas kernels of attention have no second derivative; "
+    'use implementation="xla" for jax.jvp of jax.grad, or implementation="reference".'
 )
 _in_forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("mode", default=False)
 
 
-def with_gradients(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable:
+def with_gradients(
+    forward: Callable[..., Any], backward: Callable[..., Any], *, is_pallas: bool = False
+) -> Callable:
     """A function `attention(static, arrays, fixed)` that is differentiated by `backward`.
 
     Args:
         forward: maps the same arguments to the result, and to what `backward` needs of it.
         backward: maps (static, arrays, fixed, what it needs, cotangent of the result) to the
             gradients of `arrays`; `fixed` has none.
+        is_pallas: whether they call Pallas kernels, which have no second derivative.
     """
-    forward, backward = _not_transposable(forward), _not_transposable(backward)
+    forward, backward = (_not_transposable(x, is_pallas) for x in (forward, backward))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attention(static: Any, arrays: PyTree, fixed: PyTree) -> PyTree:
@@ -73,7 +90,7 @@ def resolved(function: Callable[..., Any], *arguments: PyTree) -> Any:
     return jax.vjp(function, *arguments)[0]
 
 
-def _not_transposable(function: Callable[..., Any]) -> Callable[..., Any]:
+def _not_transposable(function: Callable[..., Any], is_pallas: bool) -> Callable[..., Any]:
     """`function(static, *trees)`, with a message of ours if it is differentiated backwards."""
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -82,6 +99,8 @@ def _not_transposable(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @marked.defjvp
     def _(static: Any, primals: tuple, tangents: tuple):
+        if is_pallas:
+            raise NotImplementedError(NO_SECOND_DERIVATIVE)
         with _forward_mode():
             outputs = jax.jvp(functools.partial(function, static), primals, tangents)
         return outputs[0], jax.tree.map(_without_transpose, outputs[1])
@@ -109,7 +128,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     (primal,), (tangent,) = primals, tangents
     # Many tangents of one value: `jax.jacfwd`, refused at once.
     if hasattr(tangent, "batch_dim") and not hasattr(primal, "batch_dim"):
-        raise NotImplementedError(_NO_FORWARD_MODE)
+        raise NotImplementedError(NO_FORWARD_MODE)
     return primal, _only_backwards.bind(tangent)
 
 
@@ -138,13 +157,13 @@ def _identity(name: str, *, evaluated: Callable, lowered: Callable, transposed: 
 
 _only_backwards = _identity(
     "only_backwards",
-    evaluated=_raising(_NO_FORWARD_MODE),
-    lowered=_raising(_NO_FORWARD_MODE),
+    evaluated=_raising(NO_FORWARD_MODE),
+    lowered=_raising(NO_FORWARD_MODE),
     transposed=lambda cotangent, _: [cotangent],
 )
 _only_forwards = _identity(
     "only_forwards",
     evaluated=lambda x: x,
     lowered=lambda _, x: [x],
-    transposed=_raising(_NO_SECOND_REVERSE),
+    transposed=_raising(NO_SECOND_REVERSE),
 )

@@ -28,7 +28,7 @@ __all__ = [
     "same_heads",
     "sides",
     "table_of_differences",
-    "unsupported_bias",
+    "unsupported_by",
 ]
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -165,8 +165,17 @@ def attended(
     return Attended(output, lse + jnp.einsum(letters, query, last, precision=_EXACT))
 
 
-def unsupported_bias(problem: Problem, chip: str) -> str | None:
-    """The reason why the kernels for this kind of chip cannot do a part; None if they can."""
+def unsupported_by(problem: Problem, chip: str) -> str | None:
+    """The reason why the Pallas kernels for this kind of chip cannot solve it; None if they can."""
+    sizes = (*problem.query.shape, *problem.key.shape)
+    if not all(isinstance(size, int) for size in sizes):
+        return f"the {chip} kernels need sizes that are known when they are compiled"
+    settings = problem.unsupported_settings(f"the {chip} kernels")
+    return settings or _unsupported_bias(problem, chip)
+
+
+def _unsupported_bias(problem: Problem, chip: str) -> str | None:
+    """The reason why the kernels cannot do a part of the bias; None if they can."""
     parts = addends(problem.bias)
     for part in parts:
         if isinstance(part, RelativeBias) and not part.distance_only:

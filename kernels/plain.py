@@ -45,7 +45,7 @@ def unlike_jax(problem: Problem) -> str | None:
     if problem.bias is not None:
         return f"{type(problem.bias).__name__} is not for jax.nn.dot_product_attention"
     if problem.key.shape != problem.value.shape:
-        return f"values have a size of their own, {problem.value.shape[3]}"
+        return f"values have their own head size, {problem.value.shape[3]}"
     if problem.query.dtype == jnp.float64:
         return "jax.nn.dot_product_attention has a softmax in float32, for float64, too"
     if problem.needs_log_sum_exp:
@@ -53,4 +53,4 @@ def unlike_jax(problem: Problem) -> str | None:
     is_whole = mask.array is None and mask.query.segment_ids is None
     if mask.has_given_positions or not is_whole or not (square or not mask.is_causal):
         return "there is more than is_causal, on equal lengths, that restricts attention"
-    return problem.unsupported_settings("those of jax.nn")
+    return problem.unsupported_settings("the functions of jax.nn")

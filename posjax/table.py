@@ -1,7 +1,8 @@
 """The tables of docs/encodings.md, made from the code: `python -m posjax.table`.
 
 Every column is found by asking the code: places by tracing which hooks change anything, parameters
-by building a model, implementations by asking them, papers from docstrings.
+by building a model, implementations by asking them, papers from docstrings. `--write` also writes
+the tables of docs/implementations.md, which `posjax.support` makes.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from posjax import graphs, kernelized
+from posjax import graphs, kernelized, support
 from posjax.encodings import registry
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.stream import stream_of
@@ -26,10 +27,11 @@ from posjax.models import Transformer, TransformerConfig
 from posjax.problem import Problem
 from posjax.types import Array, Int
 
-__all__ = ["Entry", "Row", "encodings", "main", "others", "page"]
+__all__ = ["SUPPORT_TABLES", "Entry", "Row", "encodings", "main", "others", "page"]
 
 # Where `--write` puts the tables, in a clone of the repository.
 PAGE = Path(__file__).parent.parent / "docs" / "encodings.md"
+SUPPORT_PAGE = PAGE.with_name("implementations.md")
 
 # The model whose parameters are counted.
 MODEL = TransformerConfig(layers=4, heads=4, width=256, implementation="reference")
@@ -229,15 +231,22 @@ _TABLES: dict[str, Callable[[], str]] = {
     "encodings": _encodings_in_markdown,
     "others": _others_in_markdown,
 }
+SUPPORT_TABLES: dict[str, Callable[[], str]] = {
+    "arguments": support.calls_in_markdown,
+    "transformations": support.transformations_in_markdown,
+}
 
 
-def page(text: str) -> str:
+def page(text: str, tables: dict[str, Callable[[], str]] = _TABLES) -> str:
     """The page `text` with new tables between its marks.
+
+    Args:
+        tables: name of the marks -> what makes the table.
 
     Raises:
         ValueError: a page without the marks of a table.
     """
-    for name, table in _TABLES.items():
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         if begin not in text or end not in text:
             raise ValueError(f"the page has no marks {begin.strip()} and {end.strip()}.")
@@ -252,15 +261,19 @@ def main(
     ] = "markdown",
     write: Annotated[
         tyro.conf.FlagCreatePairsOff[bool],
-        tyro.conf.arg(help="Write the tables to docs/encodings.md; print nothing else."),
+        tyro.conf.arg(help="Write the tables to the pages in docs; print nothing else."),
     ] = False,
 ) -> None:
-    """Prints the tables of all position encodings, or writes them to docs/encodings.md."""
+    """Prints the tables of all position encodings, or writes them to docs/encodings.md.
+
+    What each implementation of attention takes is written to docs/implementations.md, too.
+    """
     if write:
         if not PAGE.exists():
             raise SystemExit(f"there is no {PAGE}; --write is for a clone of the repository.")
-        PAGE.write_text(page(PAGE.read_text()))
-        print(PAGE)
+        for path, tables in ((PAGE, _TABLES), (SUPPORT_PAGE, SUPPORT_TABLES)):
+            path.write_text(page(path.read_text(), tables))
+            print(path)
     elif format == "json":
         tables = {"encodings": encodings(), "others": others()}
         print(json.dumps(tables, default=dataclasses.asdict, indent=1))

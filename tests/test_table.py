@@ -23,8 +23,12 @@ def quick(monkeypatch, rows):
 @pytest.mark.usefixtures("quick")
 def test_the_page_has_the_tables():
     """If this fails: `python -m posjax.table --write`."""
-    text = table.PAGE.read_text()
-    assert table.page(text) == text
+    for path, tables in (
+        (table.PAGE, {}),
+        (table.SUPPORT_PAGE, {"tables": table.SUPPORT_TABLES}),
+    ):
+        text = path.read_text()
+        assert table.page(text, **tables) == text
 
 
 @pytest.mark.usefixtures("quick")
@@ -33,13 +37,18 @@ def test_writes_the_page(tmp_path, monkeypatch, capsys):
     marks = [f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("encodings", "others")]
     page.write_text(f"before\n{'between'.join(marks)}after\n")
     monkeypatch.setattr(table, "PAGE", page)
+    support_page = tmp_path / "implementations.md"
+    support_page.write_text("<!-- arguments -->\nold\n<!-- /arguments -->\n")
+    monkeypatch.setattr(table, "SUPPORT_PAGE", support_page)
+    monkeypatch.setattr(table, "SUPPORT_TABLES", {"arguments": lambda: "new"})
     table.main(write=True)
+    assert support_page.read_text() == "<!-- arguments -->\nnew\n<!-- /arguments -->\n"
     text = page.read_text()
     assert "old" not in text
     assert text.startswith("before\n<!-- encodings -->\n| name | in Python |")
     assert "<!-- /encodings -->\nbetween<!-- others -->\n| in Python |" in text
     assert text.endswith("|\n<!-- /others -->\nafter\n")
-    assert capsys.readouterr().out == f"{page}\n"
+    assert capsys.readouterr().out == f"{page}\n{support_page}\n"
 
 
 def test_a_page_without_marks_is_refused(tmp_path, monkeypatch):

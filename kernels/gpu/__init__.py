@@ -26,10 +26,10 @@
 from posjax.kernels.blocks import GpuBlocks
 from posjax.kernels.common import Attended
 from posjax.kernels.distances import positions_are_contiguous as holds
-from posjax.kernels.gpu.support import refuses
+from posjax.kernels.gpu.support import refuses, unsupported
 from posjax.problem import Problem
 
-__all__ = ["holds", "refuses", "run"]
+__all__ = ["holds", "refuses", "run", "unsupported"]
 
 
 def run(problem: Problem, blocks: GpuBlocks | None = None) -> Attended:

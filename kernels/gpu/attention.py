@@ -211,4 +211,4 @@ def _gradients_of_counts(plan: Plan, of_queries: QueryGradients) -> dict[str, Ar
     return grads
 
 
-_attention = with_gradients(_forward, _backward)
+_attention = with_gradients(_forward, _backward, is_pallas=True)

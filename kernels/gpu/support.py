@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from posjax.kernels.host import contextual, unsupported_bias
+from posjax.kernels.host import contextual, unsupported_by
 from posjax.problem import Problem
 
-__all__ = ["SIZES", "refuses"]
+__all__ = ["SIZES", "refuses", "unsupported"]
 
 # Head sizes; others are padded.
 SIZES = (64, 128)
@@ -19,6 +19,11 @@ def refuses(problem: Problem) -> str | None:
     if capability is not None and capability[0] != 9:
         version = ".".join(map(str, capability))
         return f"the device has compute capability {version}; the GPU kernels are for 9.0 (Hopper)"
+    return unsupported(problem)
+
+
+def unsupported(problem: Problem) -> str | None:
+    """The reason why it cannot be solved on any GPU; None if it can."""
     query, value = problem.query, problem.value
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype}; the GPU kernels take bfloat16 and float16"
@@ -32,7 +37,7 @@ def refuses(problem: Problem) -> str | None:
         return (
             f"the table has {own.num_positions} rows; the GPU kernels take up to {_MOST_POSITIONS}"
         )
-    return problem.unsupported_settings("the GPU kernels") or unsupported_bias(problem, "GPU")
+    return unsupported_by(problem, "GPU")
 
 
 def _compute_capability() -> tuple[int, ...] | None:

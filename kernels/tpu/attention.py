@@ -20,7 +20,7 @@ from posjax.kernels.host import (
     same_heads,
     sides,
     table_of_differences,
-    unsupported_bias,
+    unsupported_by,
 )
 from posjax.kernels.tpu import relative
 from posjax.kernels.tpu.arrays import Gradients, Inputs, Outputs, Residuals
@@ -43,7 +43,7 @@ def refuses(problem: Problem) -> str | None:
         return f"query has dtype {dtype}; the TPU kernels take float32 and bfloat16"
     if problem.mask.array is not None:
         return "the TPU kernels do not support an explicit mask array"
-    return problem.unsupported_settings("the TPU kernels") or unsupported_bias(problem, "TPU")
+    return unsupported_by(problem, "TPU")
 
 
 def run(problem: Problem, blocks: TpuBlocks | None = None) -> Attended:
@@ -165,7 +165,7 @@ def _backward(
     return _finished(inputs, gradients, gradient_scale(plan))
 
 
-_attention = with_gradients(_forward, _backward)
+_attention = with_gradients(_forward, _backward, is_pallas=True)
 
 
 def _finished(inputs: Inputs, gradients: Gradients, scale: float) -> Inputs:
