@@ -102,10 +102,9 @@ class Implementation:
         queries, keys = problem.query.shape[1], problem.key.shape[1]
         if not _is_less(self.fewest_queries - 1, queries):
             return f"{queries} queries; {self.name} pays from {self.fewest_queries} on"
-        if self.most_pairs is not None and not _is_less(queries * keys - 1, self.most_pairs):
-            return (
-                f"{queries} x {keys} pairs; {self.name} is dense, and pays up to {self.most_pairs}"
-            )
+        most = self.most_pairs_on_cpu if platform() == "cpu" else self.most_pairs
+        if most is not None and not _is_less(queries * keys - 1, most):
+            return f"{queries} x {keys} pairs; {self.name} is dense, and pays up to {most}"
         return None
 
     def _holds(self, problem: Problem) -> Any:
