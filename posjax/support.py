@@ -34,6 +34,7 @@ __all__ = [
     "calls_in_markdown",
     "refusal",
     "transformations_in_markdown",
+    "unsupported",
 ]
 
 # Implementations, the one that does everything first.
@@ -201,30 +202,37 @@ TRANSFORMATIONS: Mapping[str, Mapping[str, str]] = {
 
 
 def refusal(way: Implementation, call: Call) -> str | None:
-    """The sentence with which an implementation refuses a call; None if it takes it.
-
-    It is asked for the devices that it is for, or for CPUs, whatever devices are here.
-    """
-    module, found = way.load(), []
-    ask = getattr(module, "unsupported", module.refuses)
-    settings = call.settings()
+    """The sentence with which an implementation refuses a call; None if it takes it."""
+    found, settings = [], call.settings()
     traced = {name: settings.pop(name) for name in call.traced}
-    jax.eval_shape(
-        lambda traced: found.append(ask(Problem.of(*call.shapes(), **settings, **traced))), traced
-    )
+
+    def ask(traced: dict[str, Any]) -> None:
+        found.append(unsupported(way, Problem.of(*call.shapes(), **settings, **traced)))
+
+    jax.eval_shape(ask, traced)
     return found[0]
+
+
+def unsupported(way: Implementation, problem: Problem) -> str | None:
+    """The sentence with which an implementation refuses a problem; None if it takes it.
+
+    It does not depend on the devices that are here: kernels are asked for their own devices, others
+    for CPUs.
+    """
+    module = way.load()
+    device = jax.sharding.AbstractDevice("cpu", num_cores=1, platform="cpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        return getattr(module, "unsupported", module.refuses)(problem)
 
 
 def calls_in_markdown() -> str:
     """The table of arguments."""
     ways = {way.name: way for way in IMPLEMENTATIONS}
-    device = jax.sharding.AbstractDevice("cpu", num_cores=1, platform="cpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        rows = {
-            name: {column: refusal(ways[column], call) for column in COLUMNS}
-            for name, call in CALLS.items()
-        }
+    rows = {
+        name: {column: refusal(ways[column], call) for column in COLUMNS}
+        for name, call in CALLS.items()
+    }
     return _markdown("argument", rows)
 
 

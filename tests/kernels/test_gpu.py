@@ -255,13 +255,14 @@ def test_what_it_cannot_do(changes, words):
         run(case, *problem(case), "gpu")
 
 
+@pytest.mark.standard_promotion
 def test_explain():
     query = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     bias = posjax.ContextualBias(jnp.zeros((4, 64)))
     chosen, *others = posjax.explain(query, query, query, bias, is_causal=True).splitlines()
     assert chosen == "xla"
     found = dict(line.removeprefix("not ").split(": ", 1) for line in others)
-    assert sorted(found) == ["gpu", "jax", "reference", "tpu"]
+    assert sorted(found) == ["cudnn", "gpu", "jax", "reference", "tpu"]
     assert found["jax"].startswith("ContextualBias")
     plain = posjax.explain(query, query, query, is_causal=True).splitlines()
     assert plain[0] == "jax"
