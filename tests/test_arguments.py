@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from posjax import ContextualBias, RelativeBias, dot_product_attention
+from posjax.encodings import RoPE
 from tests.cases import linear
 
 
@@ -16,12 +17,13 @@ TABLE = zeros(3, 8)
 
 WRONG = {
     "rank of query": (
-        {"query": zeros(6, 4, 8)},
-        r"query has shape \(6, 4, 8\); it must be \[batch",
+        {"query": zeros(4, 8)},
+        r"query has shape \(4, 8\); it must be \[..., length, heads, head size\]",
     ),
-    "empty key": (
-        {"key": zeros(2, 0, 2, 8), "value": zeros(2, 0, 2, 8)},
-        r"key has shape \(2, 0, 2, 8\)",
+    "batch axes": ({"query": zeros(6, 4, 8)}, r"key has batch size \(2,\), but query has \(\)"),
+    "no heads": (
+        {"key": zeros(2, 5, 0, 8), "value": zeros(2, 5, 0, 8)},
+        "key's number of heads is 0; it must be at least 1",
     ),
     "integer query": ({"query": zeros(2, 6, 4, 8, dtype=jnp.int32)}, "query has dtype int32"),
     "mixed dtypes": (
@@ -35,14 +37,14 @@ WRONG = {
     "batch": ({"query": zeros(3, 6, 4, 8)}, "key has batch size 2, but query has 3"),
     "head size": ({"query": zeros(2, 6, 4, 16)}, "key has head size 8, but query has 16"),
     "heads": ({"query": zeros(2, 6, 3, 8)}, "key has 2 heads, which does not divide query's 3"),
-    "mask dtype": ({"mask": zeros(2, 1, 6, 5)}, "mask has dtype float32"),
+    "mask to be added": ({"mask": zeros(2, 1, 6, 5) - 0.5}, "mask holds -0.5.* is a bias"),
     "mask shape": (
         {"mask": zeros(2, 1, 5, 6, dtype=bool)},
-        r"mask has shape \(2, 1, 5, 6\); it must be \[1 or 2, 1 or 4, 6, 5\]",
+        r"mask has shape \(2, 1, 5, 6\); it must broadcast to \(2, 4, 6, 5\)",
     ),
     "bias shape": (
-        {"bias": zeros(6, 5)},
-        r"bias has shape \(6, 5\); it must be \[1 or 2, 1 or 4, 6, 5\]",
+        {"bias": zeros(5, 6)},
+        r"bias has shape \(5, 6\); it must broadcast to \(2, 4, 6, 5\)",
     ),
     "bias dtype": ({"bias": zeros(1, 1, 6, 5, dtype=jnp.int32)}, "bias has dtype int32"),
     "positions shape": (
@@ -56,7 +58,19 @@ WRONG = {
         "without query_segment_ids",
     ),
     "window": ({"local_window_size": (-1, 0)}, r"local_window_size is \(-1, 0\)"),
-    "scale": ({"scale": jnp.float32(1)}, "scale is an array"),
+    "scale": ({"scale": zeros(4)}, r"scale has shape \(4,\)"),
+    "an encoding as bias": ({"bias": RoPE()}, "bias is RoPE"),
+    "soft cap": ({"logits_soft_cap": 0.0}, "logits_soft_cap is 0.0; it must be above 0"),
+    "sinks": ({"sinks": zeros(3)}, r"sinks has shape \(3,\); it must be \[4\]"),
+    "lengths": ({"query_seq_lengths": jnp.array([1, 7])}, "query_seq_lengths is .* from 0 to 6"),
+    "dropout rate": ({"dropout_rate": 1.5}, "dropout_rate is 1.5; it must be from 0 to 1"),
+    "dropout without a key": (
+        {"dropout_rate": 0.5},
+        "dropout_rng is None; it must be a random key",
+    ),
+    "flag": ({"is_causal": "False"}, "is_causal is 'False'; it must be True or False"),
+    "dtype": ({"dtype": "int8"}, "dtype is 'int8'"),
+    "precision": ({"precision": "best"}, "precision is 'best'"),
     "implementation": ({"implementation": "flash"}, "implementation is 'flash'"),
     "P < 2": (
         {"bias": ContextualBias(zeros(1, 8)), "is_causal": True},
