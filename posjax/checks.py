@@ -28,6 +28,7 @@ __all__ = [
     "above",
     "at_least",
     "between",
+    "check_of",
     "choice",
     "dtype",
     "fields",
@@ -330,16 +331,16 @@ def fields(
 @functools.cache
 def _checked(cls: type) -> dict[str, Callable[[str, Any, Limits, bool], None]]:
     """A check for each field whose annotation asks for one."""
-    found = {field.name: _check_of(field.type, optional=False) for field in dataclasses.fields(cls)}
+    found = {field.name: check_of(field.type) for field in dataclasses.fields(cls)}
     return {name: check for name, check in found.items() if check is not None}
 
 
-def _check_of(kind: Any, optional: bool) -> Callable[[str, Any, Limits, bool], None] | None:
+def check_of(kind: Any, optional: bool = False) -> Callable[[str, Any, Limits, bool], None] | None:
     """The check that an annotation asks for; it is called with name, value, limits and `empty`."""
     parts, origin = get_args(kind), get_origin(kind)
     if origin in (Union, types.UnionType):
         others = [part for part in parts if part is not types.NoneType]
-        return _check_of(others[0], len(parts) > 1) if len(others) == 1 else None
+        return check_of(others[0], len(parts) > 1) if len(others) == 1 else None
     if kind in _KINDS:
         return lambda name, value, limits, empty: _within(
             name, value, _KINDS[kind], limits, optional
