@@ -127,6 +127,7 @@ def picture(
     )
 
 
+@checked()
 def draw(pictures: list[Picture], text: str = _TEXT) -> Figure:
     """A figure with one row of panels for each picture."""
     columns = 2 + any(p.counts is not None for p in pictures)

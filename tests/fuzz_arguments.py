@@ -43,6 +43,7 @@ import posjax
 from posjax import encodings
 from posjax.biases.base import Bias
 from posjax.models import TransformerConfig
+from tests.cases import linear
 from tests.training.tiny import TASK, tiny
 
 SECONDS = 5
@@ -105,11 +106,13 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
         "encodings": lambda: (encodings.RoPE(), encodings.T5()),
         "features": lambda: 4,
         "first": lambda: 1,
-        "function": lambda: lambda params, distances: distances.astype(jnp.float32),
+        "function": lambda: linear,
         "generator": lambda: np.random.default_rng(0),
         "group": lambda: 2,
         "head_size": lambda: 8,
         "heads": lambda: 2,
+        "bias": lambda: posjax.ForgettingBias(-jnp.ones((2, 4, 2))),
+        "clip": lambda: (2, 2),
         "ids": lambda: (1, 2),
         "length": lambda: 4,
         "low": lambda: 0.0,
@@ -163,7 +166,16 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
     "MultiplierBias": {"multipliers": lambda: jnp.ones((2, 5)), "clip": lambda: (4, 0)},
     "ClippedTableBias": {"query_table": lambda: jnp.ones((5, 8)), "clip": lambda: (4, 0)},
     "ContextualBias": {"table": lambda: jnp.ones((5, 8))},
-    "ScaledBias": {"bias": posjax.StickBreakingBias, "factor": lambda: 0.5},
+    "ScaledBias": {"factor": lambda: 0.5},
+    "BiasSum": {"parts": lambda: (posjax.ForgettingBias(-jnp.ones((2, 4, 2))),)},
+    "RelativeBias": {"params": lambda: jnp.ones(2)},
+    "ProductBias": {
+        n: (lambda: jnp.ones((2, 4, 2, 8))) for n in ("query_features", "key_features")
+    },
+    "axial_rotate": {"positions": lambda: jnp.ones((2, 4, 2), jnp.int32)},
+    "axial_turn": {"positions": lambda: jnp.ones((2, 4, 2), jnp.int32)},
+    "languages": {"second": lambda: (1,), "neutral": lambda: (2,)},
+    "to_devices": {"batch": lambda: {"inputs": np.ones((2, 4))}, "mesh": lambda: _mesh()},
     "SinusoidBias": {"kernel": lambda: jnp.ones((6, 2, 8))},
     "GroupedBias": {
         "query_positions": lambda: jnp.asarray(ROW),
@@ -206,9 +218,83 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
 # What is taken, and why that is right: (callable, argument, kind of value), with "*" for any.
 REVIEWED = {
     ("*", "*", "huge"): "a large setting; time and memory are what counts",
+    ("*", "*", "huge inside"): "a large setting; time and memory are what counts",
     ("*", "gate_bias", "0"): "any number is a bias",
-    ("*", "gate_bias", "-1"): "any number is a bias",
+    ("Abacus", "digits", "0 inside"): "a token id",
+    ("BiPE", "separators", "0 inside"): "a token id",
+    ("CONFLATOR", "neutral", "0 inside"): "a token id",
+    ("CONFLATOR", "neutral", "empty"): "no neutral token",
+    ("CONFLATOR", "second", "empty"): "no second language",
+    ("is_one_of", "ids", "0 inside"): "a token id",
+    ("is_one_of", "ids", "-1 inside"): "no token has it",
+    ("is_one_of", "ids", "empty"): "no token is one of none",
+    ("MsPoE", "order", "empty"): "no heads",
+    ("MsPoE", "order", "0 inside"): "the order of one head",
+    ("ms_poe_ratios", "order", "0 inside"): "the order of one head",
 }
+_ZERO = {
+    "max_offset": "no offset",
+    "initial_deviation": "starts at 0",
+    "table_deviation": "starts at 0",
+    "left_bonus": "no bonus",
+    "minimum": "no minimum",
+    "fraction": "no pair is turned",
+    "draw": "the first draw",
+    "skip_layers": "no layer",
+    "block": "no block",
+    "max_shift": "no shift",
+    "dropout": "no dropout",
+    "dropout_rate": "no dropout",
+    "local_window": "the token itself",
+    "local_window_size": "the token itself",
+    "p_ignore": "never",
+    "sparse_p_ignore": "never",
+    "dense_p_ignore": "never",
+    "blanks": "none",
+    "dense_blanks": "none",
+    "sparse_blanks": "none",
+    "warmup_steps": "none",
+    "final_fraction": "falls to 0",
+    "weight_decay": "none",
+    "b1": "no momentum",
+    "b2": "no average",
+    "clip_norm": "no clipping",
+    "encoding_learning_rate_multiplier": "frozen",
+    "evaluate_every": "only at the end",
+    "probability": "no spaces",
+    "seed": "a seed",
+    "evaluation_seed": "a seed",
+    "batch": "an empty batch",
+    "length": "no tokens",
+    "channels": "no channels",
+    "offset": "starts at 0",
+    "window": "no neighbours",
+    "low": "any number is a limit",
+    "high": "any number is a limit",
+    "number": "zero is a number",
+    "first": "zero is a number",
+    "second": "zero is a number",
+    "table": "an empty table",
+    "temperature": "the most probable token",
+    "process_index": "the first process",
+    "factor": "any number is a factor",
+    "query_factor": "any number is a factor",
+    "bias_scale": "any number is a factor",
+}
+_NEGATIVE = {
+    "gate_bias": "any number is a bias",
+    "seed": "jax.random.key takes any integer",
+    "evaluation_seed": "jax.random.key takes any integer",
+    "data": "all devices",
+    "offset": "a sequence that begins earlier",
+    "low": "any number is a limit",
+    "high": "any number is a limit",
+    "factor": "any number is a factor",
+    "query_factor": "any number is a factor",
+    "bias_scale": "any number is a factor",
+}
+REVIEWED |= {("*", name, "0"): reason for name, reason in _ZERO.items()}
+REVIEWED |= {("*", name, "-1"): reason for name, reason in _NEGATIVE.items()}
 
 
 class Case(NamedTuple):
@@ -387,7 +473,9 @@ def _use(call: Callable, arguments: dict[str, Any]) -> Any:
     result = call(**arguments)
     if isinstance(result, Bias):
         x = jnp.ones((2, 4, 2, 8))
-        result = posjax.dot_product_attention(x, x, x, bias=result, implementation="reference")
+        result = posjax.dot_product_attention(
+            x, x, x, bias=result, is_causal=True, implementation="reference"
+        )
     if isinstance(result, Iterator):
         result = next(result)
     return jax.block_until_ready(result) if _leaves(result) else result
@@ -432,8 +520,22 @@ def _cases_of(path: str, call: Callable) -> list[Case]:
         if right is None and hasattr(kind, "dim_str"):
             right = _array(kind)
         for value_kind, value in bad_values(annotation, right, default):
+            if value_kind in ("size", "first size") and not _shared(parameters, kind, value_kind):
+                continue
             found.append(Case(name, call, argument, value_kind, value, required))
     return found
+
+
+def _shared(parameters: dict[str, tuple[Any, Any]], kind: Any, which: str) -> bool:
+    """Whether another axis has the letter of the first or last axis, so that its size is known."""
+    axes = [
+        axis.strip("#")
+        for annotation, default in parameters.values()
+        if default is inspect.Parameter.empty
+        for axis in getattr(_without_none(annotation)[0], "dim_str", "").split()
+    ]
+    own = kind.dim_str.split()[0 if which == "first size" else -1].strip("#")
+    return not own.startswith("*") and axes.count(own) > 1
 
 
 @contextlib.contextmanager
@@ -466,6 +568,8 @@ def judge(case: Case) -> Finding:
         said = f"{type(error).__name__}: {error}"
         kinds = isinstance(error, ValueError | TypeError | NotImplementedError)
         names = re.search(rf"\b{re.escape(case.argument)}\b", str(error))
+        partner = any(re.search(rf"\b{name} (is|has)\b", str(error)) for name in arguments)
+        names = names or ("; it must be " in said and partner)
         by_us = kinds and names and not re.search(r"unexpected keyword|has no attribute", said)
         return Finding(case, "clear" if by_us else "unclear", said)
     reason = _reviewed(case)
