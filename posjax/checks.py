@@ -28,6 +28,7 @@ __all__ = [
     "above",
     "at_least",
     "between",
+    "check_of",
     "choice",
     "dtype",
     "fields",
@@ -252,9 +253,10 @@ def shape(name: str, array: Shaped, *patterns: tuple[Any, ...], empty: bool = Tr
     Traceback (most recent call last):
     ValueError: mask has shape (3, 4); it must be [1 or 2, keys].
     """
+    wanted = _either([f"[{', '.join(map(_axis, pattern))}]" for pattern in patterns])
+    require(name, array, hasattr(array, "shape"), f"an array {wanted}")
     got = tuple(array.shape)
     if not any(_fits(got, pattern) for pattern in patterns) or (not empty and 0 in got):
-        wanted = _either([f"[{', '.join(map(_axis, pattern))}]" for pattern in patterns])
         nonzero = "" if empty else ", no axis 0"
         raise ValueError(f"{name} has shape {got}; it must be {wanted}{nonzero}.")
 
@@ -269,6 +271,7 @@ def dtype(name: str, array: Shaped, wanted: Any) -> None:
     Traceback (most recent call last):
     ValueError: positions has dtype float32; it must be an integer type.
     """
+    require(name, array, hasattr(array, "dtype"), "an array")
     several = isinstance(wanted, tuple)
     holds = array.dtype in wanted if several else jnp.issubdtype(array.dtype, wanted)
     if not holds:
@@ -330,16 +333,16 @@ def fields(
 @functools.cache
 def _checked(cls: type) -> dict[str, Callable[[str, Any, Limits, bool], None]]:
     """A check for each field whose annotation asks for one."""
-    found = {field.name: _check_of(field.type, optional=False) for field in dataclasses.fields(cls)}
+    found = {field.name: check_of(field.type) for field in dataclasses.fields(cls)}
     return {name: check for name, check in found.items() if check is not None}
 
 
-def _check_of(kind: Any, optional: bool) -> Callable[[str, Any, Limits, bool], None] | None:
+def check_of(kind: Any, optional: bool = False) -> Callable[[str, Any, Limits, bool], None] | None:
     """The check that an annotation asks for; it is called with name, value, limits and `empty`."""
     parts, origin = get_args(kind), get_origin(kind)
     if origin in (Union, types.UnionType):
         others = [part for part in parts if part is not types.NoneType]
-        return _check_of(others[0], len(parts) > 1) if len(others) == 1 else None
+        return check_of(others[0], len(parts) > 1) if len(others) == 1 else None
     if kind in _KINDS:
         return lambda name, value, limits, empty: _within(
             name, value, _KINDS[kind], limits, optional
@@ -348,6 +351,12 @@ def _check_of(kind: Any, optional: bool) -> Callable[[str, Any, Limits, bool], N
         count = None if parts[-1] is Ellipsis else len(parts)
         return lambda name, value, limits, empty: _each_within(
             name, value, _KINDS[parts[0]], limits, optional, count, empty
+        )
+    if origin in (tuple, list, Sequence) and str in parts:
+        return lambda name, value, limits, empty: _texts(name, value, optional)
+    if origin is Callable:
+        return lambda name, value, limits, empty: require(
+            name, value, callable(value) or _absent(value, optional), "a function"
         )
     if origin is Literal:
         return lambda name, value, limits, empty: choice(name, value, parts, optional=optional)
@@ -358,6 +367,12 @@ def _check_of(kind: Any, optional: bool) -> Callable[[str, Any, Limits, bool], N
     if isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False):
         return lambda name, value, limits, empty: instance(name, value, kind, optional=optional)
     return None
+
+
+def _texts(name: str, value: Any, optional: bool) -> None:
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    holds = is_sequence and all(isinstance(one, str) for one in value)
+    require(name, value, holds or _absent(value, optional), "a tuple of strings")
 
 
 class _Kind(NamedTuple):

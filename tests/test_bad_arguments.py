@@ -10,6 +10,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from posjax import encodings, frequencies, graphs
@@ -40,6 +41,7 @@ from tests.training.tiny import TASK, tiny
 NAN = float("nan")
 ROW = jnp.arange(3)[None]
 KEY = jax.random.key(0)
+GENERATOR = np.random.default_rng(0)
 
 # Arguments that are right; each row of the tables changes some.
 RIGHT = {
@@ -61,7 +63,7 @@ RIGHT = {
     },
     padded_product: {"first": 1, "second": 2},
     random_projection: {"key": KEY, "features": 4, "size": 4},
-    random_spaces: {"text": "1", "generator": None},
+    random_spaces: {"text": "1", "generator": GENERATOR},
     random_subset_positions: {"key": KEY, "positions": ROW},
     sequence_positions: {"batch": 1, "length": 2},
     sinusoids: {"positions": ROW, "width": 4},
@@ -115,8 +117,8 @@ TABLE = [
     (grid_positions, {"shape": (2, 0)}, INTEGERS),
     (grid_positions, {"shape": (-1, 2)}, INTEGERS),
     (attention_entropy, {"temperature": 0.0}, "above 0"),
-    (alibi_slopes, {"heads": 0}, "at least 1"),
-    (sinusoids, {"width": 3}, "at least 2 and even"),
+    (alibi_slopes, {"heads": 0}, "from 1 to 1048576"),
+    (sinusoids, {"width": 3}, "from 2 to 1048576 and even"),
     (sinusoids, {"layout": "half"}, '"interleaved" or "concatenated"'),
     (kernelized_attention, {"scale": 0.0}, "above 0"),
     (kernelized_attention, {"is_causal": 1}, "True or False"),
@@ -193,11 +195,12 @@ TABLE = [
     (split_batches, {"split": "train"}, '"in_distribution", "dense" or "sparse"'),
     (TASK.example, {"split": "tain"}, '"train", "in_distribution", "dense" or "sparse"'),
     (random_spaces, {"probability": 1.5}, "from 0 to 1"),
-    (index_hints, {"alphabet": "aa", "numbers": ["1"], "generator": None}, LETTERS),
+    (index_hints, {"alphabet": "aa", "numbers": ["1"], "generator": GENERATOR}, LETTERS),
     (remove_hints, {"alphabet": "a1", "text": "1"}, LETTERS),
     (padded, {"number": 1000, "width": 3}, "from 0 to 999"),
     (padded, {"number": -1, "width": 3}, "from 0 to 999"),
-    (padded_product, {"width": 0}, "at least 1"),
+    (padded_product, {"width": 0}, "from 1 to 2150"),
+    (padded, {"width": 10**9, "number": 1}, "from 1 to 4300"),
     (OptimizerConfig, {"learning_rate": 0.0}, "above 0"),
     (OptimizerConfig, {"schedule": "exponential"}, '"cosine", "linear" or "constant"'),
     (OptimizerConfig, {"warmup_steps": -1}, "at least 0"),
@@ -293,7 +296,7 @@ OTHERS = [
     *(
         (
             index_hints,
-            {"numbers": [number], "generator": None, "alphabet": "ab"},
+            {"numbers": [number], "generator": GENERATOR, "alphabet": "ab"},
             f"one of numbers is {number!r}; it must be {wanted}.",
         )
         for number, wanted in (

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from posjax import checks
+from posjax.checked import checked
 
 __all__ = [
     "index_hints",
@@ -29,7 +30,11 @@ __all__ = [
     "remove_spaces",
 ]
 
+# Python turns no longer text into an integer, unless told to.
+_DIGITS = 4300
 
+
+@checked(probability=checks.between(0, 1))
 def random_spaces(text: str, generator: np.random.Generator, probability: float) -> str:
     """Puts spaces before characters at random.
 
@@ -42,7 +47,6 @@ def random_spaces(text: str, generator: np.random.Generator, probability: float)
     >>> random_spaces("1+2", np.random.default_rng(0), 0.0)
     '1+2'
     """
-    checks.number("probability", probability, low=0, high=1)
     parts = []
     for character in text:
         chance = probability
@@ -53,6 +57,7 @@ def random_spaces(text: str, generator: np.random.Generator, probability: float)
     return "".join(parts)
 
 
+@checked()
 def remove_spaces(text: str) -> str:
     """The text without spaces.
 
@@ -62,6 +67,7 @@ def remove_spaces(text: str) -> str:
     return text.replace(" ", "")
 
 
+@checked()
 def index_hints(
     numbers: Sequence[str],
     generator: np.random.Generator,
@@ -90,6 +96,7 @@ def index_hints(
     return ["".join(map("".join, zip(letters, number, strict=False))) for number in numbers]
 
 
+@checked()
 def remove_hints(text: str, alphabet: str = string.ascii_lowercase) -> str:
     """The text without the letters of the alphabet.
 
@@ -100,6 +107,7 @@ def remove_hints(text: str, alphabet: str = string.ascii_lowercase) -> str:
     return text.translate(dict.fromkeys(map(ord, alphabet)))
 
 
+@checked(width=checks.between(1, _DIGITS))
 def padded(number: int, width: int) -> str:
     """The digits of a number with zeros before them.
 
@@ -109,11 +117,11 @@ def padded(number: int, width: int) -> str:
     >>> padded(42, 5)
     '00042'
     """
-    checks.integer("width", width, low=1)
     checks.integer("number", number, low=0, high=10**width - 1)
     return f"{number:0{width}d}"
 
 
+@checked(width=checks.between(1, _DIGITS // 2))
 def padded_product(first: int, second: int, width: int) -> tuple[str, str]:
     """A multiplication with padded factors, and its padded product with the lowest digit first.
 
@@ -129,6 +137,7 @@ def padded_product(first: int, second: int, width: int) -> tuple[str, str]:
     return question, padded(first * second, 2 * width)[::-1]
 
 
+@checked()
 def read_product(question: str, answer: str) -> tuple[int, int, int]:
     """The factors and the product that `padded_product` wrote.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.types import Array, Float
 
 __all__ = [
@@ -40,6 +41,9 @@ class Vocabulary:
     """
 
     symbols: tuple[str, ...]
+
+    def __post_init__(self):
+        checks.fields(self)
 
     @property
     def size(self) -> int:
@@ -178,6 +182,7 @@ def _count(values: Array) -> Float[Array, ""]:
     return jnp.sum(values, dtype=jnp.float32)
 
 
+@checked()
 def as_batch(
     inputs: np.ndarray, targets: np.ndarray, scored: np.ndarray, loss: np.ndarray | None = None
 ) -> Batch:

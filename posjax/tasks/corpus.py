@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from posjax import checks
+from posjax.checked import checked
 
 __all__ = ["Corpus", "load_corpus"]
 
@@ -33,6 +34,7 @@ class Corpus:
     validation_files: tuple[Path, ...]
 
 
+@checked()
 def load_corpus(
     path: tuple[str, ...], suffixes: tuple[str, ...] = (), validation_fraction: float = 0.1
 ) -> Corpus:

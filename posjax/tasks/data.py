@@ -7,6 +7,7 @@ import grain
 import numpy as np
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.tasks.base import Batch, Task
 
 __all__ = ["split_batches", "train_dataset"]
@@ -33,6 +34,7 @@ class _Example:
         return self.task.example(step * self.batch_size + self.first + row, seed=self.seed)
 
 
+@checked()
 def train_dataset(
     task: Task, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset:
@@ -68,6 +70,7 @@ def train_dataset(
     return dataset.to_iter_dataset(_READ)
 
 
+@checked()
 def split_batches(
     task: Task, split: str, *, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[Batch, int]]:
