@@ -44,7 +44,7 @@ def dot_product_attention(
     module: Any = None,
     return_residual: bool = False,
     implementation: Implementation | Sequence[Implementation] | None = None,
-) -> Num[Array, "*B T N E"] | tuple[Num[Array, "*B T N E"], Float[Array, "*B T N"]]:
+) -> Num[Array, "*B T N E"]:
     """Scaled dot-product attention with a described bias.
 
         output_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j        over the j that i sees
@@ -96,8 +96,9 @@ def dot_product_attention(
             differ by one.
 
     Returns:
-        [*B, T, N, E] in query's dtype; E is the head size of value. With `return_residual` also the
-        log-sum-exp, [*B, T, N] in float32, with the sinks in it; -inf without any weight.
+        [*B, T, N, E] in query's dtype; E is the head size of value. With `return_residual` a tuple
+        of it and the log-sum-exp, [*B, T, N] in float32, with the sinks in it; -inf without any
+        weight.
 
     Raises:
         ValueError: arguments that do not fit together, named with their values.
