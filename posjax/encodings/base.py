@@ -12,9 +12,17 @@ and one line to its `__init__`. Most encodings belong to a family and say one th
 | `posjax.encodings.stream.StreamEncoding` | what flows through the layers beside the tokens   |
 | `posjax.encodings.wrapper.Wrapper`       | what it changes around another encoding           |
 
-A model creates the encoding once for itself (places 1 and 2, `shared`, `init_state`) and once in
-each layer (the rest, of `encoding.layer(index, layers)`); parameters exist only if a method that
-makes them is called. Data passes in this order, with `stream = stream_of(encoding)`:
+A model has the encoding once for itself (places 1 and 2, `shared`, `init_state`) and once for each
+layer (the rest). `encoding.layer(index, layers)` makes the one of a layer: an unbound copy, which
+makes its own parameters where it is attached, as a field of the layer or in its `setup`.
+
+    for index in range(layers):
+        x = Layer(self.encoding.layer(index, layers))(x, shared)
+
+A layer that gets `self.encoding` itself instead shares its parameters with all others, as with
+every Linen module. Arrays that a paper shares between layers are made by `shared`, once per model.
+Parameters exist only if a method that makes them is called. Data passes in this order, with
+`stream = stream_of(encoding)`:
 
 | place | once per model                                                                  |
 |-------|---------------------------------------------------------------------------------|
@@ -39,6 +47,8 @@ sees all of them at every step; so an encoding may turn them by anything, the cu
 included.
 """
 
+import dataclasses
+import functools
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import flax.linen as nn
@@ -67,6 +77,21 @@ class Side(NamedTuple):
     value: Num[Array, "B S K H"] | None = None  # projected values, for keys only
 
 
+def _unbound(layer):
+    """The method `layer`, with an unbound copy of its result, down to the encodings inside."""
+
+    # Linen marks methods that it has wrapped in their __dict__, which must not be copied.
+    @functools.wraps(layer, updated=())
+    def call(self, index, layers):
+        checks.integer("layers", layers, low=1)
+        checks.integer("index", index, low=0, below=layers)
+        own = layer(self, index, layers)
+        checks.instance(f"layer of {type(self).__name__}", own, PositionEncoding)
+        return own.clone(parent=None, name=None, _deep_clone=True, _reset_names=True)
+
+    return call
+
+
 class PositionEncoding(nn.Module):
     """A position encoding that does nothing; subclasses override the places in which they act.
 
@@ -87,12 +112,27 @@ class PositionEncoding(nn.Module):
     beyond: ClassVar[Literal["extrapolates", "clips", "raises"]] = "extrapolates"
     decodes: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **settings):
+        super().__init_subclass__(**settings)
+        if "layer" in vars(cls):
+            cls.layer = _unbound(cls.layer)
+
     def __post_init__(self):
         checks.fields(self)
+        # Linen gives modules that share a part (the same object, such as a default) its parameters.
+        for field in dataclasses.fields(self):
+            if field.init and field.name not in ("parent", "name"):
+                own = _own_parts(getattr(self, field.name))
+                object.__setattr__(self, field.name, own)
         super().__post_init__()
 
+    @_unbound
     def layer(self, index: int, layers: int) -> Self:
-        """The encoding of layer `index` of `layers`, for encodings that differ between layers."""
+        """The encoding of layer `index` of `layers`, with its own parameters.
+
+        Encodings that differ between layers override this. The result is an unbound copy, also if
+        an override returns `self`.
+        """
         return self
 
     def positions(
@@ -144,3 +184,11 @@ class PositionEncoding(nn.Module):
     def bias(self, query: Side, key: Side, shared: PyTree = None) -> Bias | None:
         """Place 4: the description of an addend of the logits; `x` of both sides is turned."""
         return None
+
+
+def _own_parts(value):
+    """The value of a field with copies of all unbound encodings in it."""
+    if isinstance(value, tuple | list) and any(isinstance(x, PositionEncoding) for x in value):
+        return tuple(map(_own_parts, value))
+    is_unbound = isinstance(value, PositionEncoding) and value.parent is None
+    return value.clone(parent=None) if is_unbound else value

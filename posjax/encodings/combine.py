@@ -60,17 +60,10 @@ class Combine(StreamEncoding):
         """Whether all parts do."""
         return all(part.decodes for part in self.encodings)
 
-    def clone(self, **settings):
-        """A copy whose parts are unbound copies too, so that it makes its own parameters."""
-        parts = settings.pop("encodings", self.encodings)
-        unbound = tuple(part.clone(parent=None, name=None) for part in parts)
-        return super().clone(encodings=unbound, **settings)
-
     def layer(self, index, layers):
         """The parts' own forms for the layer."""
         parts = tuple(part.layer(index, layers) for part in self.encodings)
-        same = all(new is old for new, old in zip(parts, self.encodings, strict=True))
-        return self if same else self.clone(parent=None, encodings=parts)
+        return self.clone(parent=None, encodings=parts)
 
     def positions(self, tokens, positions, carry=None, **settings):
         """The indices of each part, and the carry of each part."""

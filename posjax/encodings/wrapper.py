@@ -50,15 +50,9 @@ class Wrapper(StreamEncoding):
     beyond = _property("beyond")
     decodes = _property("decodes")
 
-    def clone(self, **settings):
-        """A copy around an unbound copy of the encoding, which makes its own parameters."""
-        inner = settings.pop("encoding", self.encoding)
-        return super().clone(encoding=inner.clone(parent=None, name=None), **settings)
-
     def layer(self, index, layers):
         """The same around the encoding's own form for the layer."""
-        inner = self.encoding.layer(index, layers)
-        return self if inner is self.encoding else self.clone(parent=None, encoding=inner)
+        return self.clone(parent=None, encoding=self.encoding.layer(index, layers))
 
     def inner_indices(self, indices: PyTree) -> PyTree:
         """The indices of the encoding inside, for a subclass that keeps more beside them."""

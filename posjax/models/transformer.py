@@ -148,11 +148,7 @@ class Transformer(nn.Module):
     def _blocks(self, flow, encoding, context: Context, cache: Cache | None, deterministic: bool):
         """All blocks, one after another or scanned."""
         config = self.config
-        # Unbound: each layer makes its own parameters.
-        encodings = [
-            encoding.layer(index, config.layers).clone(parent=None, name=None)
-            for index in range(config.layers)
-        ]
+        encodings = [encoding.layer(index, config.layers) for index in range(config.layers)]
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         if config.scan_layers:
             if any(other != encodings[0] for other in encodings):

@@ -70,7 +70,7 @@ def test_first_layers_are_plain_rope():
     assert encoding.skip_layers == 2
     for index in range(4):
         own = encoding.layer(index, 4)
-        assert (own is encoding) == (index >= 2)
+        assert (own == encoding) == (index >= 2)
         wanted = encoding if index >= 2 else RoPE()
         for ours, theirs in zip(turned(own), turned(wanted), strict=True):
             np.testing.assert_array_equal(ours, theirs)
