@@ -1,16 +1,19 @@
 """Each layer of a hand-written model makes its own parameters, unless they are made by `shared`."""
 
-import dataclasses
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from posjax import dot_product_attention
-from posjax.encodings import Combine, CoPE, Temperature, registry
+from posjax.encodings import T5, Combine, CoPE, RoPE, Temperature, registry
 from posjax.encodings.base import PositionEncoding, Side, Sizes
 from posjax.encodings.stream import stream_of
+from posjax.encodings.wrapper import Wrapper
 from posjax.positions import sequence_positions
 
 LAYERS = 3
@@ -120,22 +123,10 @@ class Scanned(Model):
         return [scanned(self.layer(0), name="layers")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """All settings in one object, which is handed to every layer."""
-
-    encoding: PositionEncoding
-    layers: int = LAYERS
-
-
-class FromConfig(nn.Module):
-    """A model whose layers take all settings from one object."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, tokens):
-        return Model(self.config.encoding, self.config.layers, name="model")(tokens)
+@pytest.fixture(autouse=True)
+def no_attention(monkeypatch):
+    """Attention has no parameters, and takes most of the time."""
+    monkeypatch.setitem(globals(), "dot_product_attention", lambda q, k, value, *_, **__: value)
 
 
 def shapes(model) -> dict:
@@ -145,9 +136,8 @@ def shapes(model) -> dict:
 
 
 @pytest.mark.parametrize("name", [n for n in registry.all_names() if n != "nope"])
-def test_every_layer_has_its_tables(name, monkeypatch):
+def test_every_layer_has_its_tables(name):
     """Those that are made once are the ones that a model without layers makes."""
-    monkeypatch.setitem(globals(), "dot_product_attention", lambda q, k, value, *_, **__: value)
     encoding = registry.create(name)
     params, without = shapes(Model(encoding)), shapes(Model(encoding, 0))
     own = [encoding.layer(index, LAYERS) for index in range(LAYERS)]
@@ -182,32 +172,110 @@ def is_shape(x) -> bool:
     return isinstance(x, tuple)
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_a_config_hands_one_encoding_to_all_layers(name):
-    encoding = registry.create(name)
-    params = shapes(FromConfig(Config(encoding)))["model"]
-    unrolled = shapes(Model(encoding))
-    assert params == unrolled
+class Defaults(nn.Module):
+    """Two layers that each make an encoding around its class's default."""
+
+    kind: type
+
+    @nn.compact
+    def __call__(self, tokens):
+        x, places = jnp.ones((1, LENGTH, 16)), sequence_positions(1, LENGTH)
+        for index in range(2):
+            encoding = self.kind(name=f"encoding_{index}")
+            indices, _ = encoding.positions(tokens, places)
+            Layer(encoding, name=f"layer_{index}")((x, None), indices, encoding.shared(SIZES))
 
 
-class Plain(PositionEncoding):
-    """Its form for a layer is itself, as an encoding of someone's own may say."""
+class Around(Wrapper):
+    """A wrapper whose default has a table in each layer."""
+
+    encoding: PositionEncoding = T5(share_layers=False)
+
+
+class Both(Combine):
+    """A combination whose defaults have a table in each layer."""
+
+    encodings: tuple[PositionEncoding, ...] = (T5(share_layers=False), Around())
+
+
+@pytest.mark.parametrize(("kind", "tables"), [(Temperature, 1), (Around, 1), (Both, 2)])
+def test_a_default_is_no_shared_object(kind, tables):
+    params = shapes(Defaults(kind))
+    for index in range(2):
+        assert len(jax.tree.leaves(params[f"encoding_{index}"], is_leaf=is_shape)) == tables
+
+
+class ReturnsSelf(PositionEncoding):
+    """A layer's form that is the encoding itself, with parts inside parts."""
+
+    inside: PositionEncoding = Both()
 
     def layer(self, index, layers):
         return self
 
-    @nn.compact
     def bias(self, query, key, shared=None):
-        self.param("table", nn.initializers.zeros_init(), (3,))
+        return self.inside.bias(query, key, shared)
+
+    def positions(self, *args, **settings):
+        return self.inside.positions(*args, **settings)
 
 
-def test_an_encoding_of_ones_own_has_a_table_in_each_layer():
-    params = shapes(Model(Plain()))
-    assert [params[f"layer_{i}"]["encoding"] for i in range(LAYERS)] == [{"table": (3,)}] * LAYERS
+def test_an_override_may_return_the_encoding_itself():
+    params = shapes(Model(ReturnsSelf()))
+    assert "encoding" not in params
+    assert len(jax.tree.leaves(params["layer_2"]["encoding"], is_leaf=is_shape)) == 2
+    assert all(params[f"layer_{index}"] == params["layer_0"] for index in range(LAYERS))
 
 
-def test_the_same_part_twice_has_two_tables():
-    part = CoPE()
-    params = shapes(Model(Combine((Temperature(part), part))))
-    found = jax.tree.leaves(params["layer_0"]["encoding"], is_leaf=is_shape)
-    assert len([shape for shape in found if len(shape) == 2]) == 2
+@pytest.mark.parametrize("name", ["cope", "randomized.alibi", "temperature", "cope+t5"])
+def test_a_layer_is_unbound_and_equal(name):
+    encoding = registry.create(name)
+    own = encoding.layer(0, LAYERS)
+    assert own == encoding
+    assert own is not encoding
+    assert own.parent is None and own.name is None
+
+
+@pytest.mark.parametrize(
+    ("index", "layers", "message"),
+    [
+        (3, 3, "index is 3; it must be at least 0 and below 3."),
+        (-1, 3, "index is -1; it must be at least 0 and below 3."),
+        (0, 0, "layers is 0; it must be at least 1."),
+        (True, 2, "index is True; it must be an integer, at least 0 and below 2."),
+        (0, 2.0, "layers is 2.0; it must be an integer, at least 1."),
+    ],
+)
+def test_a_layer_must_exist(index, layers, message):
+    for encoding in (CoPE(), Temperature(), Combine((RoPE(),))):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            encoding.layer(index, layers)
+    assert CoPE().layer(np.int64(1), np.int32(2)) == CoPE()
+
+
+def test_a_layer_that_is_no_encoding_is_refused():
+    class Wrong(PositionEncoding):
+        def layer(self, index, layers):
+            return None
+
+    words = "layer of Wrong is None; it must be an instance of PositionEncoding."
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Wrong().layer(0, 1)
+
+
+def test_layers_of_nnx_have_their_own_tables():
+    """Each bridge of a layer's form holds its own variables."""
+
+    class Stack(nnx.Module):
+        def __init__(self, encoding, rngs):
+            x = jnp.ones((1, LENGTH, 2, 8))
+            side = Side(x, sequence_positions(1, LENGTH))
+            make = lambda own: nnx.bridge.ToNNX(own, rngs=rngs).lazy_init(  # noqa: E731
+                side, side, method="bias"
+            )
+            self.layers = nnx.List(make(encoding.layer(index, 2)) for index in range(2))
+
+    params = nnx.to_pure_dict(nnx.state(Stack(CoPE(num_positions=4), nnx.Rngs(0)), nnx.Param))
+    first, second = (params["layers"][index]["table"] for index in range(2))
+    assert first.shape == (4, 8)
+    assert not jnp.array_equal(first, second)
