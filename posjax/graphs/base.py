@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Bool, Float, Num
 
 __all__ = ["GraphEncoding", "prepare"]
@@ -55,7 +54,6 @@ class GraphEncoding(nn.Module):
         raise NotImplementedError
 
 
-@checked()
 def prepare(
     adjacency: Num[Array, "*B n n"], mask: Bool[Array, "*B n"] | None = None
 ) -> tuple[Float[Array, "*B n n"], Bool[Array, "*B n"]]:
