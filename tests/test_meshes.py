@@ -145,9 +145,7 @@ PLACES = {
 TRACED = [
     "auto, two axes",
     "explicit, two axes",
-    "shard_map",
     "shard_map over one of two axes",
-    "vmap, auto",
     "vmap, explicit",
 ]
 
