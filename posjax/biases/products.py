@@ -140,7 +140,6 @@ class SinusoidBias(Bias):
 
     def check(self, query, key, is_causal):
         """Shapes of the trained arrays."""
-        checks.fields(self, base=checks.above(1))
         batch, _, heads, size = query.shape
         checks.shape("kernel", self.kernel, ("D", heads, size))
         width = self.kernel.shape[0]

@@ -165,10 +165,7 @@ class ClippedTableBias(_ByDistance):
 
     def check(self, query, key, is_causal):
         """Shapes of the tables, and the keys where they are needed."""
-        checks.fields(self, clip=checks.at_least(0))
-        if self.key is not None:
-            checks.shape("key", self.key, key.shape)
-            checks.dtype("key", self.key, (key.dtype,))
+        checks.integers("clip", self.clip, count=2, low=0)
         check_positions(self, query, key)
         self._check_tables(query, "query_table", "key_table", "value_table")
         if self.key_table is not None:
@@ -229,10 +226,7 @@ class MultiplierBias(_ByDistance):
 
     def check(self, query, key, is_causal):
         """Shape of the multipliers, and the keys where they are needed."""
-        checks.fields(self, clip=checks.at_least(0))
-        if self.key is not None:
-            checks.shape("key", self.key, key.shape)
-            checks.dtype("key", self.key, (key.dtype,))
+        checks.integers("clip", self.clip, count=2, low=0)
         check_positions(self, query, key)
         if self.absolute and self.clip[0]:
             raise ValueError(f"clip is {self.clip}; its first number must be 0 with absolute=True.")
