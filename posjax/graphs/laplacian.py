@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.types import Array, Bool, Float, Num
 
 __all__ = ["LapPE", "laplacian_eigenvectors", "normalized_adjacency", "normalized_laplacian"]
 
 
-@checked()
 def normalized_adjacency(
     adjacency: Num[Array, "*B n n"], mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n n"]:
@@ -32,7 +30,6 @@ def normalized_adjacency(
     return root[..., :, None] * weights * root[..., None, :]
 
 
-@checked()
 def normalized_laplacian(
     adjacency: Num[Array, "*B n n"], mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n n"]:
@@ -47,7 +44,6 @@ def normalized_laplacian(
     return _identity(spread) - spread
 
 
-@checked(count=checks.at_least(1))
 def laplacian_eigenvectors(
     adjacency: Num[Array, "*B n n"],
     count: int | None = None,

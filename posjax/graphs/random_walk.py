@@ -5,14 +5,12 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.types import Array, Bool, Float, Num
 
 __all__ = ["RWSE", "random_walk_returns"]
 
 
-@checked(steps=checks.at_least(1))
 def random_walk_returns(
     adjacency: Num[Array, "*B n n"], steps: int, mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n steps"]:
