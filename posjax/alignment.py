@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Bool, Float
 
 __all__ = ["align_entropy", "align_max_probability", "attention_entropy", "max_probability"]
@@ -20,7 +19,6 @@ _BOUND = 7.0
 _STEPS = 40
 
 
-@checked()
 def max_probability(
     logits: Float[Array, "*L T S"],
     temperature: Float[Array, ""] | float = 1.0,
@@ -38,7 +36,6 @@ def max_probability(
     return _mean(jnp.exp(jnp.max(log_weights, axis=-1)), counts)
 
 
-@checked()
 def attention_entropy(
     logits: Float[Array, "*L T S"],
     temperature: Float[Array, ""] | float = 1.0,
@@ -59,7 +56,6 @@ def attention_entropy(
     return _mean(-jnp.sum(terms, axis=-1), counts)
 
 
-@checked()
 def align_max_probability(
     trained: Float[Array, "*L T S"],
     target: Float[Array, "*M U V"],
@@ -93,7 +89,6 @@ def align_max_probability(
     return _align(max_probability, -1.0, trained, target, trained_mask, target_mask)
 
 
-@checked()
 def align_entropy(
     trained: Float[Array, "*L T S"],
     target: Float[Array, "*M U V"],

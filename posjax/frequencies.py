@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import WIDEST, checked
 from posjax.types import Array, Num
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
 Frequencies = np.ndarray | Array
 
 
-@checked(channels=checks.between(0, WIDEST), base=checks.above(0))
 def rope_frequencies(channels: int, base: float) -> np.ndarray:
     """RoPE's frequencies base^(-2m / channels), [channels / 2], in float64.
 

@@ -133,8 +133,8 @@ IMPLEMENTATIONS = (
         split="heads",
         instead="xla",
     ),
-    # On CPUs measured: blockwise attention is faster from 256 tokens on (docs/performance.md). For
-    # other devices without a better row, dense attention is bounded by its memory.
+    # On CPUs blockwise attention is faster from 256 tokens on (benchmarks/results/plain-cpu.json).
+    # For other devices without a better row, dense attention is bounded by its memory.
     Implementation(
         "jax", "posjax.kernels.plain", most_pairs=2048 * 2048, most_pairs_on_cpu=255 * 255
     ),

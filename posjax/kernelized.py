@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Float, Num
 
 __all__ = ["KernelizedAttention", "kernelized_attention", "positive_features", "random_projection"]
@@ -16,7 +15,6 @@ __all__ = ["KernelizedAttention", "kernelized_attention", "positive_features", "
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@checked(features=checks.at_least(1), size=checks.at_least(1))
 def random_projection(
     key: Array, features: int, size: int, *, orthogonal: bool = True
 ) -> Float[Array, "M H"]:
@@ -47,7 +45,6 @@ def random_projection(
     return rows * length
 
 
-@checked()
 def positive_features(
     x: Float[Array, "*shape H"], projection: Float[Array, "M H"]
 ) -> Float[Array, "*shape M"]:

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from posjax import checks
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
@@ -44,9 +43,6 @@ class KernelDistance:
     """-r1 log(1 + r2 |distance|) or -r1 |distance|^r2 for each head."""
 
     kind: Literal["log", "power"] = "log"
-
-    def __post_init__(self):
-        checks.fields(self)
 
     def __call__(
         self,

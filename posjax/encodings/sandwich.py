@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.products import sinusoid_frequencies
-from posjax.checked import WIDEST
 from posjax.encodings.distance import DistanceBias
 from posjax.types import Array, Float, Num
 
@@ -25,14 +24,6 @@ class CosineSum:
     heads: int
     width: int = 128
     base: float = 10_000.0
-
-    def __post_init__(self):
-        checks.fields(
-            self,
-            heads=checks.between(1, WIDEST),
-            width=checks.Limits(low=2, multiple_of=2),
-            base=checks.above(1),
-        )
 
     def __call__(
         self, params: None, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]

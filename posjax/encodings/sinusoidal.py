@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import WIDEST, checked
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num
 
 __all__ = ["Sinusoidal", "sinusoids"]
 
 
-@checked(width=checks.Limits(low=2, high=WIDEST, multiple_of=2), base=checks.above(1))
 def sinusoids(
     positions: Num[Array, "B T"],
     width: int,

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Int, Num
 
 __all__ = ["T5", "BucketTable", "t5_buckets"]
 
 
-@checked(num_buckets=checks.at_least(1), max_distance=checks.at_least(1))
 def t5_buckets(
     relative: Num[Array, "*shape"],
     *,
@@ -59,9 +57,6 @@ class BucketTable:
     num_buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = False
-
-    def __post_init__(self):
-        checks.fields(self, num_buckets=checks.at_least(1), max_distance=checks.at_least(1))
 
     def __call__(
         self, table: Float[Array, "P N"], distance: Num[Array, "#B 1 T S"]

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import WIDEST, checked
 from posjax.encodings.base import Sizes
 from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Num
@@ -16,7 +15,6 @@ from posjax.types import Array, Float, Num
 __all__ = ["TAPE", "multiply_pairs", "rotary_state"]
 
 
-@checked(heads=checks.between(1, WIDEST), head_size=checks.between(1, WIDEST), base=checks.above(1))
 def rotary_state(
     positions: Num[Array, "B T"], heads: int, head_size: int, base: float = 10_000.0
 ) -> Float[Array, "B T K 2 pairs"]:
@@ -35,7 +33,6 @@ def rotary_state(
     return jnp.broadcast_to(state, (*positions.shape, heads, *state.shape[3:]))
 
 
-@checked()
 def multiply_pairs(
     x: Num[Array, "B T N H"], state: Float[Array, "B T K 2 pairs"]
 ) -> Num[Array, "B T N H"]:
