@@ -60,7 +60,7 @@ class Interpolated(Wrapper):
         name, inside = type(self.encoding).__name__, "put Interpolated inside it"
         try:
             indices, carry = self.encoding.positions(tokens, squeezed, carry, **settings)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # this hook refuses nothing else
             raise ValueError(f"{name} takes no fractions of positions; {inside}.") from error
         if any(leaf is not squeezed for leaf in jax.tree.leaves(indices)):
             raise ValueError(f"{name} makes its own indices; {inside}.")

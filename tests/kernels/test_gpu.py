@@ -257,7 +257,7 @@ def test_what_it_cannot_do(changes, words):
 
 @pytest.mark.standard_promotion
 def test_explain():
-    query = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     bias = posjax.ContextualBias(jnp.zeros((4, 64)))
     chosen, *others = posjax.explain(query, query, query, bias, is_causal=True).splitlines()
     assert chosen == "xla"
