@@ -48,7 +48,7 @@ def _ours(problem: Problem, sizes: tuple[int, ...], bias: str):
         groups = fastest_tpu_sizes().groups_of(sizes[0])  # of the chip that is traced for
         blocks = TpuBlocks(*sizes[:2], memory, **groups)
         call = posjax.problem.Problem.of(query, key, value, described, scale=scale, is_causal=True)
-        return attention.run(call, blocks)
+        return attention.run(call, blocks).output
 
     query, key = (
         jax.ShapeDtypeStruct((1, length, heads, problem.head_size), jnp.bfloat16)

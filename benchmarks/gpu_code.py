@@ -91,7 +91,7 @@ def program(work: Work):
         bias = described(*trained)
         scale = work.size**-0.5
         problem = posjax.problem.Problem.of(query, key, value, bias, scale=scale, is_causal=True)
-        return gpu.run(problem, work.blocks)
+        return gpu.run(problem, work.blocks).output
 
     def loss(query, key, value, *trained):
         output = posjax.dot_product_attention(

@@ -80,7 +80,7 @@ def _ours(blocks: GpuBlocks, arrays: dict) -> jax.Array:
     names, scale = ("query", "key", "value"), arrays["query"].shape[3] ** -0.5
     inputs = (arrays[name] for name in names)
     problem = posjax.problem.Problem.of(*inputs, _bias(arrays), scale=scale, is_causal=True)
-    return gpu.run(problem, blocks)
+    return gpu.run(problem, blocks).output
 
 
 @jax.jit

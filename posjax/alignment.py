@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.types import Array, Bool, Float
 
 __all__ = ["align_entropy", "align_max_probability", "attention_entropy", "max_probability"]
@@ -19,6 +20,7 @@ _BOUND = 7.0
 _STEPS = 40
 
 
+@checked()
 def max_probability(
     logits: Float[Array, "*L T S"],
     temperature: Float[Array, ""] | float = 1.0,
@@ -36,6 +38,7 @@ def max_probability(
     return _mean(jnp.exp(jnp.max(log_weights, axis=-1)), counts)
 
 
+@checked()
 def attention_entropy(
     logits: Float[Array, "*L T S"],
     temperature: Float[Array, ""] | float = 1.0,
@@ -52,10 +55,11 @@ def attention_entropy(
     log_weights, counts = _log_weights(logits, temperature, mask)
     weights = jnp.exp(log_weights)
     # 0 * -inf is 0 here.
-    terms = jnp.where(weights > 0, weights * jnp.where(weights > 0, log_weights, 0.0), 0.0)
+    terms = jnp.where(weights == 0, 0.0, weights * jnp.where(weights == 0, 0.0, log_weights))
     return _mean(-jnp.sum(terms, axis=-1), counts)
 
 
+@checked()
 def align_max_probability(
     trained: Float[Array, "*L T S"],
     target: Float[Array, "*M U V"],
@@ -89,6 +93,7 @@ def align_max_probability(
     return _align(max_probability, -1.0, trained, target, trained_mask, target_mask)
 
 
+@checked()
 def align_entropy(
     trained: Float[Array, "*L T S"],
     target: Float[Array, "*M U V"],
@@ -127,7 +132,8 @@ def _align(
 
     start = jnp.float32(-_BOUND), jnp.float32(_BOUND)
     low, high = jax.lax.fori_loop(0, _STEPS, halve, start)
-    return jnp.exp((low + high) / 2)
+    is_known = ~jnp.isnan(wanted) & ~jnp.isnan(statistic(target, 1.0, target_mask))
+    return jnp.where(is_known, jnp.exp((low + high) / 2), jnp.nan)
 
 
 def _log_weights(logits: Array, temperature: Array | float, mask: Array | None):

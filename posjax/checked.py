@@ -16,10 +16,7 @@ import jax.numpy as jnp
 from posjax import checks
 from posjax.checks import Limits
 
-__all__ = ["WIDEST", "checked"]
-
-# The largest number of channels or heads that a function builds a row of numbers for.
-WIDEST = 2**20
+__all__ = ["check_annotated", "checked"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -59,10 +56,27 @@ def checked(**limits: Limits) -> Callable[[_Function], _Function]:
     return decorate
 
 
+def check_annotated(name: str, value: Any, annotation: Any) -> None:
+    """A value has the type, and an array the kind of dtype, of an annotation; of any shape.
+
+    >>> from posjax.types import Array, Float
+    >>> check_annotated("factor", "2", Float[Array, "N"] | None)
+    Traceback (most recent call last):
+    ValueError: factor is '2'; it must be an array [N], or None.
+    """
+    kind = _kind_of(annotation)
+    if not kind.arrays:
+        if kind.other is not None:
+            kind.other(name, value, Limits(), True)
+    elif not (value is None and kind.optional):
+        _check_is_array(name, value, kind.arrays, kind.optional)
+        _check_dtype(name, value, kind.arrays)
+
+
 class _Kind(NamedTuple):
     """What an annotation asks for: an array, something else, either, or None, too."""
 
-    array: Any
+    arrays: tuple[Any, ...]
     other: Callable[[str, Any, Limits, bool], None] | None
     optional: bool
 
@@ -70,9 +84,8 @@ class _Kind(NamedTuple):
         """Checks one argument; adds the sizes of its axes to `sizes`."""
         if value is None and self.optional:
             return
-        takes_arrays = self.array is not None
-        if takes_arrays and (_is_array(value) or self.other is None):
-            _check_array(name, value, self.array, sizes, self.optional)
+        if self.arrays and (_is_array(value) or self.other is None):
+            _check_array(name, value, self.arrays, sizes, self.optional)
         elif self.other is not None:
             # As in `checks.fields`: tuples with limits have at least one number.
             self.other(name, value, limits or Limits(), limits is None)
@@ -81,28 +94,37 @@ class _Kind(NamedTuple):
 def _kind_of(annotation: Any) -> _Kind:
     several = get_origin(annotation) in (Union, types.UnionType)
     parts = get_args(annotation) if several else (annotation,)
-    arrays = [part for part in parts if part is jax.Array or hasattr(part, "dim_str")]
+    arrays = tuple(part for part in parts if part is jax.Array or hasattr(part, "dim_str"))
     others = [part for part in parts if part not in arrays and part is not types.NoneType]
     optional = types.NoneType in parts
     other = others[0] | None if optional and others else others[0] if others else None
     checks_it = None if other is None else checks.check_of(other)
-    return _Kind(arrays[0] if arrays else None, checks_it, optional)
+    return _Kind(arrays, checks_it, optional)
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _check_array(name: str, value: Any, kind: Any, sizes: dict[str, Any], optional: bool) -> None:
-    if kind is jax.Array:
+def _check_array(
+    name: str, value: Any, kinds: tuple[Any, ...], sizes: dict[str, Any], optional: bool
+) -> None:
+    """An array of one of several annotations; adds its sizes to `sizes`."""
+    if jax.Array in kinds:
         _check_key(name, value)
         return
-    if not _is_array(value):
-        axes = ", ".join(axis.strip("*#") for axis in kind.dim_str.split())
-        checks.require(name, value, False, f"an array [{axes}]" + ", or None" * optional)
-    checks.shape(name, value, tuple(_axis(axis, sizes) for axis in kind.dim_str.split()))
-    _check_dtype(name, value, kind.dtypes)
-    _remember(value.shape, kind.dim_str.split(), sizes)
+    _check_is_array(name, value, kinds, optional)
+    patterns = list(dict.fromkeys(kind.dim_str for kind in kinds))
+    checks.shape(name, value, *(_sizes_of(pattern, sizes) for pattern in patterns))
+    _check_dtype(name, value, kinds)
+    if len(patterns) == 1:
+        _remember(value.shape, patterns[0].split(), sizes)
+
+
+def _check_is_array(name: str, value: Any, kinds: tuple[Any, ...], optional: bool) -> None:
+    axes = ", ".join(axis.strip("*#") for axis in kinds[0].dim_str.split())
+    wanted = f"an array [{axes}]" + ", or None" * optional
+    checks.require(name, value, _is_array(value), wanted)
 
 
 def _check_key(name: str, value: Any) -> None:
@@ -112,10 +134,15 @@ def _check_key(name: str, value: Any) -> None:
     checks.require(name, value, is_key, "a random key")
 
 
+def _sizes_of(pattern: str, sizes: dict[str, Any]) -> tuple[Any, ...]:
+    """Axes of an annotation as a pattern of `checks.shape`."""
+    first, *rest = pattern.split() or [""]
+    if not first.startswith("*"):
+        return tuple(_axis(axis, sizes) for axis in pattern.split())
+    return (*sizes.get(first, (...,)), *(_axis(axis, sizes) for axis in rest))
+
+
 def _axis(axis: str, sizes: dict[str, Any]) -> Any:
-    """An axis of an annotation as an axis of a pattern of `checks.shape`."""
-    if axis.startswith("*"):
-        return ...
     letter = axis.removeprefix("#")
     size = int(letter) if letter.isdigit() else sizes.get(letter)
     if size is None:
@@ -123,21 +150,26 @@ def _axis(axis: str, sizes: dict[str, Any]) -> Any:
     return (1, size) if axis != letter and size != 1 else size
 
 
-def _check_dtype(name: str, value: Any, allowed: Any) -> None:
-    names = [str(one) for one in allowed]
-    kinds = {"float32": jnp.floating, "int32": jnp.integer, "bool": jnp.bool_}
-    wanted = [kind for known, kind in kinds.items() if any(known == one for one in names)]
+def _check_dtype(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    allowed = [str(one) for kind in kinds for one in kind.dtypes]
+    wanted = [kind for known, kind in _KINDS.items() if known in allowed]
     if len(wanted) == 1:
         checks.dtype(name, value, wanted[0])
     elif not any(jnp.issubdtype(value.dtype, kind) for kind in wanted):
-        words = "an integer or a floating-point type"
+        words = "an integer or a floating-point type" + ", or bool" * (jnp.bool_ in wanted)
         raise ValueError(f"{name} has dtype {value.dtype}; it must be {words}.")
+
+
+# Kinds of dtypes by one that each has.
+_KINDS = {"float32": jnp.floating, "int32": jnp.integer, "bool": jnp.bool_}
 
 
 def _remember(shape: tuple[Any, ...], axes: list[str], sizes: dict[str, Any]) -> None:
     """Sizes by letter; an axis that may be 1 tells nothing where it is 1."""
-    for axis, size in zip(reversed(axes), reversed(shape), strict=False):
-        if axis.startswith("*"):
-            return
+    if axes and axes[0].startswith("*"):
+        before = len(shape) - len(axes) + 1
+        sizes.setdefault(axes[0], tuple(shape[:before]))
+        axes, shape = axes[1:], shape[before:]
+    for axis, size in zip(axes, shape, strict=True):
         if not (axis.startswith("#") and size == 1):
             sizes.setdefault(axis.removeprefix("#"), size)

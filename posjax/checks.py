@@ -41,12 +41,18 @@ __all__ = [
     "require",
     "rows",
     "shape",
+    "size",
     "text",
 ]
+
+# The largest number of channels, heads or rows, and of tokens.
+LARGEST, LONGEST = 2**20, 2**26
 
 
 class Limits(NamedTuple):
     """The range of a number; limits that are None do not hold.
+
+    `reasonable` is named only where it does not hold.
 
     >>> str(Limits(above=0, high=1))
     'above 0 and at most 1'
@@ -62,6 +68,8 @@ class Limits(NamedTuple):
     """Numbers are less than this."""
     multiple_of: int | None = None
     """Numbers are divisible by this."""
+    reasonable: float | None = None
+    """Greater numbers are mistakes, of which time and memory would run out."""
 
     def hold(self, value: float) -> bool:
         """Whether a number is in the range."""
@@ -71,7 +79,12 @@ class Limits(NamedTuple):
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
             and (self.multiple_of is None or value % self.multiple_of == 0)
+            and not self.is_beyond_reason(value)
         )
+
+    def is_beyond_reason(self, value: float) -> bool:
+        """Whether a number is greater than any that makes sense."""
+        return self.reasonable is not None and value > self.reasonable
 
     def __str__(self) -> str:
         words = {"above": "above", "low": "at least", "below": "below", "high": "at most"}
@@ -98,6 +111,11 @@ def at_least(limit: float) -> Limits:
 def between(low: float, high: float) -> Limits:
     """Numbers from `low` to `high`, both included."""
     return Limits(low=low, high=high)
+
+
+def size(low: int = 1, multiple_of: int | None = None, reasonable: int = LARGEST) -> Limits:
+    """A number of channels, heads or rows, for which as many numbers are made."""
+    return Limits(low=low, multiple_of=multiple_of, reasonable=reasonable)
 
 
 def require(name: str, value: Any, holds: bool, wanted: str) -> None:
@@ -404,6 +422,8 @@ def _within(name: str, value: Any, kind: _Kind, limits: Limits, optional: bool) 
         return value
     # The kind is clear where only the limits do not hold.
     words = str(limits) if is_right else ", ".join(filter(None, (kind.one, str(limits))))
+    if is_right and limits.is_beyond_reason(value):
+        words = f"at most {limits.reasonable}"
     raise _refusal(name, value, words + _or_none(optional))
 
 

@@ -10,7 +10,7 @@ from posjax import checks
 from posjax.axes import Lettered, block_of
 from posjax.types import Array, Float, Int
 
-__all__ = ["Dropout"]
+__all__ = ["Dropout", "checked_key"]
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class Dropout(Lettered):
         Raises:
             ValueError: no key.
         """
-        key = _checked_key(key)
+        key = checked_key(key)
         batch, heads, queries, keys = shape
         numbers = (1, 1, queries, keys) if broadcast else (batch, heads, queries, keys)
         counted = (jnp.arange(number, dtype=jnp.int32) for number in numbers)
@@ -92,7 +92,8 @@ def _each(function: Any, keys: Array) -> Array:
     return jax.vmap(function)(keys.reshape(-1)).reshape(keys.shape)
 
 
-def _checked_key(key: Any) -> Array:
+def checked_key(key: Any) -> Array:
+    """A typed key of a typed or a raw one."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         checks.shape("dropout_rng", key, ())
         return key

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.types import Array, Num
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
 Frequencies = np.ndarray | Array
 
 
+@checked(channels=checks.size(0), base=checks.above(0))
 def rope_frequencies(channels: int, base: float) -> np.ndarray:
     """RoPE's frequencies base^(-2m / channels), [channels / 2], in float64.
 

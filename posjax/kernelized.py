@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.types import Array, Float, Num
 
 __all__ = ["KernelizedAttention", "kernelized_attention", "positive_features", "random_projection"]
@@ -15,6 +16,7 @@ __all__ = ["KernelizedAttention", "kernelized_attention", "positive_features", "
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@checked(features=checks.size(), size=checks.size())
 def random_projection(
     key: Array, features: int, size: int, *, orthogonal: bool = True
 ) -> Float[Array, "M H"]:
@@ -45,6 +47,7 @@ def random_projection(
     return rows * length
 
 
+@checked()
 def positive_features(
     x: Float[Array, "*shape H"], projection: Float[Array, "M H"]
 ) -> Float[Array, "*shape M"]:
@@ -244,6 +247,8 @@ def _check_arrays(query, key, value, relative, projection) -> None:
     wanted = f"a divisor of query's heads, {heads}"
     checks.require("number of key's heads", kv_heads, heads % kv_heads == 0, wanted)
     checks.shape("relative", relative, (heads, "offsets"))
+    checks.dtype("relative", relative, jnp.floating)
+    checks.dtype("projection", projection, jnp.floating)
     offsets = relative.shape[1]
     checks.require("number of offsets in relative", offsets, offsets % 2 == 1, "odd")
     checks.shape("projection", projection, ("features", size))

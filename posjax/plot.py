@@ -24,7 +24,9 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from posjax import checks
 from posjax.biases.contextual import ContextualBias
+from posjax.checked import checked
 from posjax.encodings import registry
 from posjax.encodings.base import PositionEncoding, Side, Sizes
 from posjax.encodings.stream import stream_of
@@ -89,6 +91,7 @@ class _Probe(nn.Module):
         return logits[0], jnp.einsum("btd,bsd->bts", added, added), counts
 
 
+@checked(length=checks.at_least(1), heads=checks.at_least(1))
 def picture(
     name: str, length: int = 64, heads: int = 4, text: str = _TEXT, seed: int = 0
 ) -> Picture:
@@ -124,6 +127,7 @@ def picture(
     )
 
 
+@checked()
 def draw(pictures: list[Picture], text: str = _TEXT) -> Figure:
     """A figure with one row of panels for each picture."""
     columns = 2 + any(p.counts is not None for p in pictures)

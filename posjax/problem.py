@@ -9,8 +9,8 @@ import numpy as np
 
 from posjax import checks, forms
 from posjax.axes import Lettered
-from posjax.biases.base import Bias, as_bias
-from posjax.dropout import Dropout
+from posjax.biases.base import Bias, as_bias, check_fields
+from posjax.dropout import Dropout, checked_key
 from posjax.forms import Shape
 from posjax.masks import Mask, Tokens
 from posjax.precision import wide
@@ -109,6 +109,7 @@ class Problem(Lettered):
         is_causal = bool(checks.flag("is_causal", is_causal))
         if bias is not None:
             bias = _bias(bias, shape)
+            check_fields(bias)
             bias.check(query, key, is_causal)
             _check_softmax(bias, sinks, return_residual)
         segments = _both_segments(shape, query_segment_ids, key_segment_ids)
@@ -140,7 +141,7 @@ class Problem(Lettered):
             sinks=None if sinks is None else _checked_sinks(sinks, shape),
             soft_cap=_soft_cap(logits_soft_cap),
             returns_log_sum_exp=bool(checks.flag("return_residual", return_residual)),
-            returns_weights=module is not None,
+            returns_weights=_is_module(module),
         )
 
     def unsupported_settings(self, who: str) -> str | None:
@@ -296,10 +297,19 @@ def _dropout(
     checks.number("dropout_rate", rate, low=0, high=1)
     checks.flag("deterministic", deterministic)
     checks.flag("broadcast_dropout", broadcast)
+    if rng is not None:
+        rng = checked_key(rng)
     if deterministic or rate == 0:
         return None
     of = (shape.sequences, shape.heads, shape.queries, shape.keys)
     return Dropout.of(rng, float(rate), of, broadcast=bool(broadcast))
+
+
+def _is_module(module: Any) -> bool:
+    """Whether there is a module to sow weights in."""
+    holds = module is None or callable(getattr(module, "sow", None))
+    checks.require("module", module, holds, "a Flax module, or None")
+    return module is not None
 
 
 def _check_precision(precision: Any) -> None:

@@ -27,10 +27,12 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.axes import HEADS, Lettered, added_at, block_of, padded
+from posjax.checked import check_annotated
+from posjax.forms import array_of
 from posjax.precision import wide
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
 
-__all__ = ["ArrayBias", "Bias", "Tile", "as_bias", "check_positions", "parts_of"]
+__all__ = ["ArrayBias", "Bias", "Tile", "as_bias", "check_fields", "check_positions", "parts_of"]
 
 
 class Tile(NamedTuple):
@@ -155,8 +157,30 @@ def check_positions(bias: Any, query: Array, key: Array) -> None:
             checks.shape(f"{type(bias).__name__}.{name}", positions, (sizes, length))
 
 
+def check_fields(bias: Any) -> None:
+    """Checks that every field of a description has the type of its annotation, also in its parts.
+
+    Shapes are for `Bias.check`; it may rely on this.
+
+    Raises:
+        ValueError: a field has not; named with its value.
+    """
+    checks.instance("bias", bias, Bias, "None, an array or a description (posjax.Bias)")
+    for field in dataclasses.fields(bias):
+        value, name = getattr(bias, field.name), f"{type(bias).__name__}.{field.name}"
+        if field.type == tuple[Bias, ...]:
+            holds = isinstance(value, tuple) and len(value) > 0
+            holds = holds and all(isinstance(part, Bias) for part in value)
+            checks.require(name, value, holds, "a tuple of one or more descriptions")
+        else:
+            check_annotated(name, value, field.type)
+    for part in parts_of(bias):
+        check_fields(part)
+
+
 def parts_of(bias: Bias) -> list[Bias]:
     """The descriptions that a description is made of; none for most."""
+    checks.instance("bias", bias, Bias)
     found = []
     bias.map_parts(lambda part: found.append(part) or part)
     return found
@@ -168,7 +192,11 @@ def _head_sizes(letters: str, x: Array) -> list[int]:
 
 def as_bias(bias: "Bias | Array | None") -> Bias | None:
     """A description from what a caller may pass: a description, an array, or None."""
-    return bias if bias is None or isinstance(bias, Bias) else ArrayBias(jnp.asarray(bias))
+    if bias is None or isinstance(bias, Bias):
+        return bias
+    array = array_of("bias", bias)
+    checks.dtype("bias", array, jnp.floating)
+    return ArrayBias(array)
 
 
 @jax.tree_util.register_dataclass
@@ -190,5 +218,4 @@ class ArrayBias(Bias):
         """The array must broadcast to [B, N, T, S]."""
         batch, queries, heads, _ = query.shape
         full = (batch, heads, queries, key.shape[1])
-        checks.shape("bias", self.array, tuple((1, size) for size in full))
-        checks.dtype("bias", self.array, jnp.floating)
+        checks.shape("ArrayBias.array", self.array, tuple((1, size) for size in full))

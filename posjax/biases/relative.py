@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.base import Bias, check_positions
 from posjax.precision import wide
 from posjax.types import Array, Num, PyTree
@@ -54,7 +55,11 @@ class RelativeBias(Bias):
         """The function must give [B or 1, N, T, S]; own positions must match T and S."""
         check_positions(self, query, key)
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        got = jax.eval_shape(self.function, self.params, one, one).shape
+        try:
+            got = jax.eval_shape(self.function, self.params, one, one).shape
+        except Exception as error:
+            wanted = f"what its function takes with positions of shape (1, 1) ({error})"
+            checks.require("RelativeBias.params", self.params, False, wanted)
         if len(got) != 4 or got[1] not in (1, query.shape[2]):
             raise ValueError(
                 f"RelativeBias.function gives {got} for one query and one key; it must give "

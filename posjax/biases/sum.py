@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.biases.base import Bias
 
 __all__ = ["BiasSum", "addends"]
@@ -12,6 +13,7 @@ __all__ = ["BiasSum", "addends"]
 
 def addends(bias: Bias | None) -> list[Bias]:
     """The descriptions that a bias adds up, sums within sums too; none for None."""
+    checks.instance("bias", bias, Bias, optional=True)
     if isinstance(bias, BiasSum):
         return [one for part in bias.parts for one in addends(part)]
     return [] if bias is None else [bias]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile, check_positions
+from posjax.checked import checked
 from posjax.precision import wide
 from posjax.types import Array, Float, Num
 from posjax.varying import varying_axes, varying_over
@@ -21,6 +22,7 @@ __all__ = ["ClippedTableBias", "MultiplierBias", "look_up"]
 _EXACT = jax.lax.Precision.HIGHEST
 
 
+@checked(clip=checks.at_least(0))
 def look_up(
     rows: Float[Array, "#B #N #t P"], relative: Num[Array, "#B t s"], clip: tuple[int, int]
 ) -> Float[Array, "B N t s"]:
@@ -40,6 +42,7 @@ def look_up(
     [[[[0.25, 1.5]]]]
     """
     left, right = clip
+    checks.shape("rows", rows, (..., left + right + 1))
     shape = jnp.broadcast_shapes(rows.shape[:3], (relative.shape[0], 1, relative.shape[1]))
     shape += relative.shape[2:]
     far_left, far_right = jnp.max(relative) <= -left, jnp.min(relative) >= right
@@ -95,10 +98,14 @@ class _ByDistance(Bias):
                     (heads, rows, size),
                 )
 
-    def _check_key(self, key: Array, reason: str) -> None:
-        if self.key is None or self.key.shape != key.shape:
-            got = "None" if self.key is None else f"of shape {self.key.shape}"
-            raise ValueError(f"{reason}, so `key` must be the keys, {key.shape}; it is {got}.")
+    def _check_key(self, key: Array, reason: str | None) -> None:
+        """Keys are like those of attention, and not left out if there is a reason for them."""
+        holds = reason is None if self.key is None else self.key.shape == key.shape
+        if holds:
+            return
+        got = "None" if self.key is None else f"of shape {self.key.shape}"
+        why = "" if reason is None else f"{reason}, so "
+        raise ValueError(f"{why}`key` must be the keys, {key.shape}; it is {got}.")
 
 
 @jax.tree_util.register_dataclass
@@ -168,8 +175,7 @@ class ClippedTableBias(_ByDistance):
         checks.integers("clip", self.clip, count=2, low=0)
         check_positions(self, query, key)
         self._check_tables(query, "query_table", "key_table", "value_table")
-        if self.key_table is not None:
-            self._check_key(key, "key_table multiplies keys")
+        self._check_key(key, None if self.key_table is None else "key_table multiplies keys")
 
     def _of_keys(self, relative: Array, heads: int) -> Float[Array, "B N t s"]:
         """k_j . key_table[r]."""
@@ -228,11 +234,13 @@ class MultiplierBias(_ByDistance):
         """Shape of the multipliers, and the keys where they are needed."""
         checks.integers("clip", self.clip, count=2, low=0)
         check_positions(self, query, key)
+        self._check_key(
+            key, "by_channel=True multiplies channels of keys" if self.by_channel else None
+        )
         if self.absolute and self.clip[0]:
             raise ValueError(f"clip is {self.clip}; its first number must be 0 with absolute=True.")
         if self.by_channel:
             self._check_tables(query, "multipliers")
-            self._check_key(key, "by_channel=True multiplies channels of keys")
         else:
             checks.shape(
                 f"multipliers with clip={self.clip}",

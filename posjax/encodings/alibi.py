@@ -6,12 +6,14 @@ from typing import Self
 import jax.numpy as jnp
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
 __all__ = ["ALiBi", "LinearDistance", "alibi_slopes"]
 
 
+@checked(heads=checks.size())
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """The slope of each head.
 
@@ -41,6 +43,9 @@ class LinearDistance:
 
     slopes: tuple[float, ...]
     left_bonus: float = 0.0
+
+    def __post_init__(self):
+        checks.fields(self, slopes=checks.at_least(0), left_bonus=checks.at_least(0))
 
     def __call__(self, params: None, distance: Num[Array, "#B 1 T S"]) -> Float[Array, "#B N T S"]:
         """The bias in float32."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
+from posjax import checks
 from posjax.biases.relative import RelativeBias
 from posjax.encodings.base import PositionEncoding, Side, Sizes
 from posjax.types import Array, Float, Num, PyTree
@@ -81,6 +82,9 @@ class OfDistance:
     """
 
     function: Callable[[PyTree, Array], Array]
+
+    def __post_init__(self):
+        checks.require("function", self.function, callable(self.function), "a function")
 
     def __call__(
         self, params: PyTree, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]

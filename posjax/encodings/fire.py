@@ -29,6 +29,9 @@ class InterpolatedDistance:
     initial_threshold: float = 512.0
     normaliser: Literal["query", "larger"] = "query"
 
+    def __post_init__(self):
+        checks.fields(self, initial_threshold=checks.above(0))
+
     def __call__(
         self,
         params: dict[str, Array],

@@ -26,6 +26,9 @@ class NothingBeyond:
 
     max_distance: int
 
+    def __post_init__(self):
+        checks.fields(self, max_distance=checks.at_least(1))
+
     def __call__(self, params: None, distance: Num[Array, "#B 1 T S"]) -> Float[Array, "#B 1 T S"]:
         """The bias in float32."""
         return jnp.where(jnp.abs(distance) > self.max_distance, jnp.nan, 0.0).astype(jnp.float32)

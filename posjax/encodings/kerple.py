@@ -1,12 +1,16 @@
 """KERPLE: logits fall with a trained logarithm, or a trained power, of the distance."""
 
 import dataclasses
+import math
+import numbers
 from typing import Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
+from posjax.checked import check_annotated
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
@@ -15,17 +19,30 @@ __all__ = ["KERPLE", "KernelDistance", "keep_within"]
 _SMALLEST, _GREATEST_POWER = 0.01, 2.0
 
 
-@jax.custom_vjp
 def keep_within(x: Float[Array, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
     """clip(x, low, high), with a gradient outside the range too if it leads back inside.
 
     The gradient of a plain clip is 0 outside, so a parameter would stay there for ever.
+
+    Args:
+        low: -inf is no limit.
+        high: at least low; inf is no limit.
 
     >>> jax.grad(lambda x: keep_within(x, 0.0, 1.0))(jnp.float32(-1.0)).item()
     0.0
     >>> jax.grad(lambda x: -keep_within(x, 0.0, 1.0))(jnp.float32(-1.0)).item()
     -1.0
     """
+    check_annotated("x", x, Float[Array, "*shape"])
+    for name, limit in (("low", low), ("high", high)):
+        is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
+        checks.require(name, limit, is_number and not math.isnan(limit), "a number, or infinite")
+    checks.require("high", high, high >= low, f"at least low = {low}")
+    return _keep_within(x, low, high)
+
+
+@jax.custom_vjp
+def _keep_within(x: Array, low: float, high: float) -> Array:
     return jnp.clip(x, low, high)
 
 
@@ -35,7 +52,7 @@ def _keep_within_bwd(residuals, cotangent):
     return jnp.where(leads_out, 0.0, cotangent), None, None
 
 
-keep_within.defvjp(lambda x, low, high: (jnp.clip(x, low, high), (x, low, high)), _keep_within_bwd)
+_keep_within.defvjp(lambda x, low, high: (jnp.clip(x, low, high), (x, low, high)), _keep_within_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +60,9 @@ class KernelDistance:
     """-r1 log(1 + r2 |distance|) or -r1 |distance|^r2 for each head."""
 
     kind: Literal["log", "power"] = "log"
+
+    def __post_init__(self):
+        checks.fields(self)
 
     def __call__(
         self,

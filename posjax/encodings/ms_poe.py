@@ -5,7 +5,8 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 
-from posjax import checks
+from posjax import checks, forms
+from posjax.checked import checked
 from posjax.encodings.rotary import Layout, Rotary, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Int
@@ -13,6 +14,7 @@ from posjax.types import Array, Float, Int
 __all__ = ["MsPoE", "ms_poe_ratios", "position_awareness"]
 
 
+@checked(order=checks.at_least(0), min_ratio=checks.at_least(1), max_ratio=checks.at_least(1))
 def ms_poe_ratios(
     order: tuple[int, ...], min_ratio: float = 1.2, max_ratio: float = 1.8
 ) -> np.ndarray:
@@ -24,6 +26,7 @@ def ms_poe_ratios(
     return min_ratio + (max_ratio - min_ratio) * np.asarray(order) / len(order)
 
 
+@checked(threshold=checks.above(0))
 def position_awareness(weights: Float[Array, "N T S"], threshold: float = 3.0) -> Int[Array, "N"]:
     """The order of heads by position-awareness, 0 for the most aware: an `MsPoE.order`.
 
@@ -36,14 +39,22 @@ def position_awareness(weights: Float[Array, "N T S"], threshold: float = 3.0) -
     Args:
         weights: attention weights of one layer and one sequence, from a run without Ms-PoE.
 
+    Raises:
+        ValueError: known weights that are not a number (otherwise the order is -1 for every head).
+
     >>> level, peaked = [[0.25, 0.25, 0.25, 0.25]], [[0.97, 0.01, 0.01, 0.01]]
     >>> position_awareness(jnp.array([level, peaked])).tolist()
     [1, 0]
     """
     last = weights[:, -1, :].astype(jnp.float32)
+    is_right = ~jnp.isnan(last).any()
+    holds = forms.known(is_right)
+    if holds is not None and not holds:
+        raise ValueError("weights holds nan for the last query; it must be attention weights.")
     outliers = last > threshold * jnp.mean(last, axis=-1, keepdims=True)
     by_awareness = jnp.argsort(-jnp.sum(outliers, axis=-1), stable=True)
-    return jnp.argsort(by_awareness).astype(jnp.int32)
+    order = jnp.argsort(by_awareness).astype(jnp.int32)
+    return jnp.where(is_right, order, -1)
 
 
 class MsPoE(Rotary):

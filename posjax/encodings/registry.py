@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 
+from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 
 __all__ = ["COMPOSITIONS", "all_names", "classes", "create", "names", "spec_of"]
@@ -48,6 +49,7 @@ def all_names() -> tuple[str, ...]:
     return (*names(), *COMPOSITIONS)
 
 
+@checked()
 def create(name: str) -> PositionEncoding | None:
     """The encoding with its defaults; None for "nope".
 
@@ -66,6 +68,7 @@ def create(name: str) -> PositionEncoding | None:
     return classes()["Combine"](tuple(part for part in parts if part is not None))
 
 
+@checked()
 def spec_of(encoding: PositionEncoding | None) -> str:
     """The name under which `create` knows the class of `encoding`.
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.types import Array, Float, Num
 
@@ -47,6 +48,7 @@ class Rotary(PositionEncoding):
         )
 
 
+@checked()
 def turn(
     x: Num[Array, "B T N H"],
     angles: Float[Array, "#B T #N m"],
@@ -67,6 +69,8 @@ def turn(
     [[[[-0.0, 1.0]]]]
     """
     pairs, size = angles.shape[-1], x.shape[-1]
+    wanted = f"at most {size // 2}, those of x with head size {size}"
+    checks.require("number of pairs in angles", pairs, 2 * pairs <= size, wanted)
     sin, cos = jnp.sin(angles) * scale, jnp.cos(angles) * scale
     # The two members of a pair get their own axis: before the angles, or behind them.
     axis, shape = (-2, (2, pairs)) if layout == "half" else (-1, (pairs, 2))
@@ -77,6 +81,7 @@ def turn(
     return first if 2 * pairs == size else jnp.concatenate((first, x[..., 2 * pairs :]), axis=-1)
 
 
+@checked()
 def turn_at(
     positions: Num[Array, "#B T"],
     frequencies: Float[np.ndarray, "*#N m"],
@@ -95,11 +100,13 @@ def turn_at(
     return Turn(positions.astype(jnp.float32)[:, :, None, None] * frequencies, scale)
 
 
+@checked()
 def lengths(positions: Num[Array, "B T"]) -> Num[Array, "B"]:
     """How many positions each row has: its greatest one, plus 1."""
     return jnp.max(positions, axis=1) + 1
 
 
+@checked(head_size=checks.at_least(1))
 def check_pairs(name: str, head_size: int) -> None:
     """Raises ValueError if the channels of a head do not come in pairs."""
     is_even = head_size % 2 == 0

@@ -25,6 +25,14 @@ class CosineSum:
     width: int = 128
     base: float = 10_000.0
 
+    def __post_init__(self):
+        checks.fields(
+            self,
+            heads=checks.size(),
+            width=checks.Limits(low=2, multiple_of=2),
+            base=checks.above(1),
+        )
+
     def __call__(
         self, params: None, query_positions: Num[Array, "#B T"], key_positions: Num[Array, "#B S"]
     ) -> Float[Array, "#B N T S"]:

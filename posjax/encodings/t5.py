@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Int, Num
 
 __all__ = ["T5", "BucketTable", "t5_buckets"]
 
 
+@checked(num_buckets=checks.size(), max_distance=checks.size(reasonable=checks.LONGEST))
 def t5_buckets(
     relative: Num[Array, "*shape"],
     *,
@@ -34,7 +36,8 @@ def t5_buckets(
     edge into the bucket below.
 
     Args:
-        relative: position of the key minus position of the query; fractions are rounded.
+        relative: position of the key minus position of the query; fractions are rounded, and what
+            is not a number has the bucket -1.
         num_buckets: at least 2; bidirectional at least 4 and even.
         max_distance: greater than e; all distances from here on share the last bucket (from 113 on
             with the causal defaults).
@@ -46,8 +49,12 @@ def t5_buckets(
     [31, 31, 16, 15, 0, 0]
     """
     buckets = jnp.asarray(_all_buckets(num_buckets, max_distance, bidirectional))
-    index = _place(relative, max_distance)
-    return buckets.at[index].get(mode="promise_in_bounds")
+    found = buckets.at[_place(relative, max_distance)].get(mode="promise_in_bounds")
+    return (
+        found
+        if jnp.issubdtype(relative.dtype, jnp.integer)
+        else jnp.where(jnp.isnan(relative), -1, found)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,10 @@ class BucketTable:
     max_distance: int = 128
     bidirectional: bool = False
 
+    def __post_init__(self):
+        far = checks.size(reasonable=checks.LONGEST)
+        checks.fields(self, num_buckets=checks.size(), max_distance=far)
+
     def __call__(
         self, table: Float[Array, "P N"], distance: Num[Array, "#B 1 T S"]
     ) -> Float[Array, "#B N T S"]:
@@ -65,7 +76,10 @@ class BucketTable:
         buckets = _all_buckets(self.num_buckets, self.max_distance, self.bidirectional)
         by_distance = table.astype(jnp.float32)[buckets]
         index = _place(-distance[:, 0], self.max_distance)
-        return jnp.moveaxis(by_distance.at[index].get(mode="promise_in_bounds"), -1, 1)
+        found = jnp.moveaxis(by_distance.at[index].get(mode="promise_in_bounds"), -1, 1)
+        if jnp.issubdtype(distance.dtype, jnp.integer):
+            return found
+        return jnp.where(jnp.isnan(distance), jnp.nan, found)
 
 
 class T5(DistanceBias):
@@ -108,7 +122,8 @@ class T5(DistanceBias):
     beyond: ClassVar = "clips"
 
     def __post_init__(self):
-        checks.fields(self, initial_deviation=checks.at_least(0))
+        far = checks.size(reasonable=checks.LONGEST)
+        checks.fields(self, max_distance=far, initial_deviation=checks.at_least(0))
         _all_buckets(self.num_buckets, self.max_distance, self.bidirectional)
         super().__post_init__()
 

@@ -6,9 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.types import Array, Bool, Float, Num
 
-__all__ = ["GraphEncoding", "prepare"]
+__all__ = ["Adjacency", "GraphEncoding", "prepare"]
+
+Adjacency = Num[Array, "*B n n"] | Bool[Array, "*B n n"]
 
 
 class GraphEncoding(nn.Module):
@@ -39,7 +42,7 @@ class GraphEncoding(nn.Module):
 
     def __call__(
         self,
-        adjacency: Num[Array, "*B n n"],
+        adjacency: Adjacency,
         mask: Bool[Array, "*B n"] | None = None,
         *,
         deterministic: bool = True,
@@ -54,8 +57,9 @@ class GraphEncoding(nn.Module):
         raise NotImplementedError
 
 
+@checked()
 def prepare(
-    adjacency: Num[Array, "*B n n"], mask: Bool[Array, "*B n"] | None = None
+    adjacency: Adjacency, mask: Bool[Array, "*B n"] | None = None
 ) -> tuple[Float[Array, "*B n n"], Bool[Array, "*B n"]]:
     """The adjacency matrix in float32 without edges of padding, and a mask.
 
@@ -70,7 +74,5 @@ def prepare(
     shape = adjacency.shape
     if mask is None:
         mask = jnp.ones(shape[:-1], bool)
-    checks.shape("mask", mask, shape[:-1])
-    checks.dtype("mask", mask, jnp.bool_)
     both = mask[..., :, None] & mask[..., None, :]
     return jnp.where(both, adjacency.astype(jnp.float32), 0), mask

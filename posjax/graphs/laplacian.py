@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.graphs.base import GraphEncoding, prepare
-from posjax.types import Array, Bool, Float, Num
+from posjax.checked import checked
+from posjax.graphs.base import Adjacency, GraphEncoding, prepare
+from posjax.types import Array, Bool, Float
 
 __all__ = ["LapPE", "laplacian_eigenvectors", "normalized_adjacency", "normalized_laplacian"]
 
 
+@checked()
 def normalized_adjacency(
-    adjacency: Num[Array, "*B n n"], mask: Bool[Array, "*B n"] | None = None
+    adjacency: Adjacency, mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n n"]:
     """D^-1/2 A D^-1/2 with the degrees D; loops of a node to itself do not count.
 
@@ -30,8 +32,9 @@ def normalized_adjacency(
     return root[..., :, None] * weights * root[..., None, :]
 
 
+@checked()
 def normalized_laplacian(
-    adjacency: Num[Array, "*B n n"], mask: Bool[Array, "*B n"] | None = None
+    adjacency: Adjacency, mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n n"]:
     """I - D^-1/2 A D^-1/2, whose eigenvalues lie between 0 and 2.
 
@@ -44,8 +47,9 @@ def normalized_laplacian(
     return _identity(spread) - spread
 
 
+@checked(count=checks.size())
 def laplacian_eigenvectors(
-    adjacency: Num[Array, "*B n n"],
+    adjacency: Adjacency,
     count: int | None = None,
     mask: Bool[Array, "*B n"] | None = None,
 ) -> tuple[Float[Array, "*B k"], Float[Array, "*B n k"], Bool[Array, "*B k"]]:
@@ -66,7 +70,6 @@ def laplacian_eigenvectors(
     >>> values.round(5).tolist(), known.tolist()
     ([0.0, 2.0, 0.0], [True, True, False])
     """
-    checks.integer("count", count, low=1, optional=True)
     weights, mask = prepare(adjacency, mask)
     nodes = weights.shape[-1]
     count = nodes if count is None else count

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
+from posjax.checked import checked
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.graphs.laplacian import normalized_adjacency, normalized_laplacian
 from posjax.types import Array, Float
@@ -16,6 +17,7 @@ __all__ = ["RFP", "orthonormal", "propagate"]
 _DEPENDENT = 1e-5  # a column with this part of its length, or less, is a sum of the ones before it
 
 
+@checked()
 def orthonormal(x: Float[Array, "*B n k"]) -> Float[Array, "*B n k"]:
     """The columns made orthogonal and of length 1, one after another (Gram-Schmidt).
 
@@ -32,13 +34,14 @@ def orthonormal(x: Float[Array, "*B n k"]) -> Float[Array, "*B n k"]:
             along = jnp.matmul(done.mT, column, precision="highest")
             column = column - jnp.matmul(done, along, precision="highest")
         length = jnp.linalg.norm(column, axis=-2)[..., 0]
-        independent = length > least[..., index]
-        column = column[..., 0] / jnp.where(independent, length, 1)[..., None]
-        return done.at[..., index].set(jnp.where(independent[..., None], column, 0))
+        dependent = length <= least[..., index]  # not where it is not a number
+        column = column[..., 0] / jnp.where(dependent, 1, length)[..., None]
+        return done.at[..., index].set(jnp.where(dependent[..., None], 0, column))
 
     return jax.lax.fori_loop(0, x.shape[-1], add, jnp.zeros_like(x))
 
 
+@checked(steps=checks.size())
 def propagate(
     operator: Float[Array, "*B n n"],
     features: Float[Array, "*B n k"],
@@ -121,4 +124,4 @@ class RFP(GraphEncoding):
 
 def _of_length_one(x: Array) -> Array:
     length = jnp.linalg.norm(x, axis=-2, keepdims=True)
-    return x / jnp.where(length > 0, length, 1)
+    return x / jnp.where(length == 0, 1, length)

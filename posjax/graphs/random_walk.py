@@ -5,14 +5,16 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.graphs.base import GraphEncoding, prepare
-from posjax.types import Array, Bool, Float, Num
+from posjax.checked import checked
+from posjax.graphs.base import Adjacency, GraphEncoding, prepare
+from posjax.types import Array, Bool, Float
 
 __all__ = ["RWSE", "random_walk_returns"]
 
 
+@checked(steps=checks.size())
 def random_walk_returns(
-    adjacency: Num[Array, "*B n n"], steps: int, mask: Bool[Array, "*B n"] | None = None
+    adjacency: Adjacency, steps: int, mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n steps"]:
     """Probabilities that a random walk from a node is back at it after t steps.
 
@@ -25,7 +27,7 @@ def random_walk_returns(
     """
     weights, _ = prepare(adjacency, mask)
     degree = jnp.sum(weights, axis=-1, keepdims=True)
-    step = jnp.where(degree > 0, weights / jnp.where(degree > 0, degree, 1), 0)
+    step = jnp.where(degree == 0, 0, weights / jnp.where(degree == 0, 1, degree))
 
     def walk(power: Array, _: None) -> tuple[Array, Array]:
         home = jnp.diagonal(power, axis1=-2, axis2=-1)
