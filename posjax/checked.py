@@ -40,15 +40,16 @@ def checked(**limits: Limits) -> Callable[[_Function], _Function]:
 
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)
-        kinds = {name: _kind_of(p.annotation) for name, p in signature.parameters.items()}
+        annotated = {n: p.annotation for n, p in signature.parameters.items()}
+        kinds = {n: _kind_of(a) for n, a in annotated.items() if a is not inspect.Parameter.empty}
 
         @functools.wraps(function)
         def call(*arguments, **named):
             bound = signature.bind(*arguments, **named)
             bound.apply_defaults()
             sizes: dict[str, Any] = {}
-            for name, value in bound.arguments.items():
-                kinds[name].check(name, value, limits.get(name), sizes)
+            for name, kind in kinds.items():
+                kind.check(name, bound.arguments[name], limits.get(name), sizes)
             return function(*arguments, **named)
 
         return call
@@ -74,15 +75,26 @@ def check_annotated(name: str, value: Any, annotation: Any) -> None:
 
 
 class _Kind(NamedTuple):
-    """What an annotation asks for: an array, something else, either, or None, too."""
+    """What an annotation asks for: an array, something else, either, or None, too.
+
+    Or a tuple, each of whose `members` has a kind.
+    """
 
     arrays: tuple[Any, ...]
     other: Callable[[str, Any, Limits, bool], None] | None
     optional: bool
+    members: tuple["_Kind", ...] = ()
 
     def check(self, name: str, value: Any, limits: Limits | None, sizes: dict[str, Any]) -> None:
         """Checks one argument; adds the sizes of its axes to `sizes`."""
         if value is None and self.optional:
+            return
+        if self.members:
+            holds = isinstance(value, tuple) and len(value) == len(self.members)
+            wanted = f"a tuple of {len(self.members)} arrays" + ", or None" * self.optional
+            checks.require(name, value, holds, wanted)
+            for index, (kind, member) in enumerate(zip(self.members, value, strict=True)):
+                kind.check(f"{name}[{index}]", member, None, sizes)
             return
         if self.arrays and (_is_array(value) or self.other is None):
             _check_array(name, value, self.arrays, sizes, self.optional)
@@ -94,12 +106,20 @@ class _Kind(NamedTuple):
 def _kind_of(annotation: Any) -> _Kind:
     several = get_origin(annotation) in (Union, types.UnionType)
     parts = get_args(annotation) if several else (annotation,)
+    tuples = [part for part in parts if get_origin(part) is tuple and _holds_arrays(part)]
+    if tuples:
+        members = tuple(map(_kind_of, get_args(tuples[0])))
+        return _Kind((), None, types.NoneType in parts, members)
     arrays = tuple(part for part in parts if part is jax.Array or hasattr(part, "dim_str"))
     others = [part for part in parts if part not in arrays and part is not types.NoneType]
     optional = types.NoneType in parts
     other = others[0] | None if optional and others else others[0] if others else None
     checks_it = None if other is None else checks.check_of(other)
     return _Kind(arrays, checks_it, optional)
+
+
+def _holds_arrays(annotation: Any) -> bool:
+    return all(hasattr(part, "dim_str") for part in get_args(annotation))
 
 
 def _is_array(value: Any) -> bool:

@@ -15,7 +15,7 @@ import functools
 import math
 import numbers
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import jax.numpy as jnp
@@ -382,6 +382,10 @@ def check_of(kind: Any, optional: bool = False) -> Callable[[str, Any, Limits, b
         return lambda name, value, limits, empty: flag(name, value)
     if kind is str:
         return lambda name, value, limits, empty: text(name, value, optional=optional)
+    if origin in (dict, Mapping):
+        return lambda name, value, limits, empty: instance(
+            name, value, Mapping, "a dictionary", optional=optional
+        )
     if isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False):
         return lambda name, value, limits, empty: instance(name, value, kind, optional=optional)
     return None

@@ -56,11 +56,22 @@ class Scaling(abc.ABC):
 
     reads_length: ClassVar[bool] = False
 
-    @abc.abstractmethod
+    @checked(channels=checks.size(0), base=checks.above(0))
     def __call__(
         self, channels: int, base: float, length: Num[Array, "B"]
     ) -> tuple[Frequencies, float]:
-        """The frequencies, and the factor for query and key."""
+        """The frequencies, and the factor for query and key.
+
+        Args:
+            channels: R, how many channels are turned.
+            base: that of RoPE.
+            length: how many positions each row has now.
+        """
+        return self._scaled(channels, base, length)
+
+    @abc.abstractmethod
+    def _scaled(self, channels: int, base: float, length: Array) -> tuple[Frequencies, float]:
+        """What the call gives, for arguments that have been checked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +94,7 @@ class Linear(Scaling):
     def __post_init__(self):
         checks.fields(self, factor=checks.at_least(1))
 
-    def __call__(self, channels, base, length):
+    def _scaled(self, channels, base, length):
         return rope_frequencies(channels, base) / self.factor, 1.0
 
 
@@ -108,7 +119,7 @@ class NTKAware(Scaling):
     def __post_init__(self):
         checks.fields(self, factor=checks.at_least(1))
 
-    def __call__(self, channels, base, length):
+    def _scaled(self, channels, base, length):
         _require_pairs(self, channels)
         return rope_frequencies(channels, base * self.factor ** (channels / (channels - 2))), 1.0
 
@@ -140,7 +151,7 @@ class DynamicNTK(Scaling):
     def __post_init__(self):
         checks.fields(self, factor=checks.at_least(1), original_length=checks.at_least(1))
 
-    def __call__(self, channels, base, length):
+    def _scaled(self, channels, base, length):
         _require_pairs(self, channels)
         excess = jnp.maximum(length.astype(jnp.float32) / self.original_length, 1.0)
         slower = self.factor * excess - (self.factor - 1)
@@ -199,7 +210,7 @@ class YaRN(Scaling):
         wanted = f"above beta_slow = {self.beta_slow}"
         checks.require("YaRN beta_fast", self.beta_fast, self.beta_fast > self.beta_slow, wanted)
 
-    def __call__(self, channels, base, length):
+    def _scaled(self, channels, base, length):
         own = rope_frequencies(channels, base)
         kept = self._by_dimension(channels, base) if self.ramp == "dimension" else None
         if kept is None:
@@ -265,7 +276,7 @@ class LongRoPE(Scaling):
             attention_factor=checks.above(0),
         )
 
-    def __call__(self, channels, base, length):
+    def _scaled(self, channels, base, length):
         own = rope_frequencies(channels, base)
         long, short = (
             jnp.asarray(own / self._factors(field, channels // 2, default), jnp.float32)
@@ -322,7 +333,7 @@ class Llama3(Scaling):
         )
         checks.require("Llama3 high", self.high, self.high > self.low, f"above low = {self.low}")
 
-    def __call__(self, channels, base, length):
+    def _scaled(self, channels, base, length):
         ramp = YaRN(
             self.factor,
             self.original_length,

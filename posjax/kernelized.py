@@ -184,6 +184,7 @@ class KernelizedAttention(nn.Module):
         is_causal: bool = False,
     ) -> Num[Array, "B T N E"]:
         """The mixed values, in query's dtype."""
+        checks.shape("query", query, ("batch", "length", "heads", "head size"), empty=False)
         shape = (query.shape[2], 2 * self.max_distance + 1)
         relative = self.param("relative", nn.initializers.zeros, shape, jnp.float32)
         directions = random_projection(jax.random.key(self.seed), self.features, query.shape[3])

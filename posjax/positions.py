@@ -32,6 +32,11 @@ class LengthError(ValueError):
     """A sequence is longer than a table of positions."""
 
 
+def _length(low: int) -> checks.Limits:
+    """A number of tokens, for which as many numbers are made."""
+    return checks.size(low, reasonable=checks.LONGEST)
+
+
 @checked()
 def check_length(length: int, table: int, name: str) -> None:
     """Raises `LengthError` when `length` positions do not fit into a table of `table` rows."""
@@ -42,7 +47,7 @@ def check_length(length: int, table: int, name: str) -> None:
         )
 
 
-@checked(batch=checks.at_least(0), length=checks.at_least(0))
+@checked(batch=checks.size(0), length=_length(0))
 def sequence_positions(
     batch: int, length: int, offset: Int[Array, ""] | int = 0
 ) -> Int[Array, "B T"]:
@@ -51,8 +56,6 @@ def sequence_positions(
     >>> sequence_positions(1, 4).tolist()
     [[0, 1, 2, 3]]
     """
-    checks.integer("batch", batch, low=0)
-    checks.integer("length", length, low=0)
     positions = jnp.arange(length, dtype=jnp.int32) + jnp.asarray(offset, jnp.int32)
     return jnp.broadcast_to(positions, (batch, length))
 
@@ -130,7 +133,7 @@ def _run_lengths(positions: Int[Array, "B T"], runs: _Runs) -> Int[Array, "B T"]
     return jnp.take_along_axis(positions, runs.last, axis=1) + 1
 
 
-@checked(length=checks.at_least(0), max_length=checks.at_least(1))
+@checked(length=checks.at_least(0), max_length=_length(1))
 def sorted_subset(key: Array, length: int, max_length: int) -> Int[Array, "length"]:
     """Different whole numbers of 0 ... max_length - 1, sorted; every set is equally likely.
 
@@ -140,13 +143,13 @@ def sorted_subset(key: Array, length: int, max_length: int) -> Int[Array, "lengt
     >>> sorted_subset(jax.random.key(0), 3, 3).tolist()
     [0, 1, 2]
     """
-    checks.integer("length", length, low=0)
-    checks.integer("max_length", max_length, low=1)
-    check_length(length, max_length, "sorted_subset")
+    if length > max_length:
+        wanted = f"at most max_length = {max_length}, but the sequence has {length} tokens"
+        raise LengthError(f"length is {length}; it must be {wanted}.")
     return jnp.sort(jax.random.permutation(key, max_length)[:length])
 
 
-@checked(max_length=checks.at_least(1))
+@checked(max_length=_length(1))
 def random_subset_positions(
     key: Array, positions: Int[Array, "B T"], max_length: int
 ) -> Int[Array, "B T"]:
@@ -166,7 +169,6 @@ def random_subset_positions(
     >>> random_subset_positions(jax.random.key(0), jnp.array([[0, 1, 2, 0, 1]]), 3).shape
     (1, 5)
     """
-    checks.integer("max_length", max_length, low=1)
     drawn = jax.random.permutation(key, max_length).at[positions].get(mode="clip")
     return jax.lax.sort((_runs(positions).first, drawn), dimension=1, num_keys=2)[1]
 
@@ -185,8 +187,6 @@ def spread_positions(
     >>> spread_positions(jnp.array([[0, 1, 2, 0, 1]]), 8).tolist()
     [[0, 3, 6, 0, 4]]
     """
-    checks.integer("max_length", max_length, low=1)
-    checks.integer("length", length, low=1, optional=True)
     size = _run_lengths(positions, _runs(positions)) if length is None else length
     return positions * (max_length // size) + jnp.minimum(positions, max_length % size)
 
@@ -214,8 +214,6 @@ def skip_positions(
     >>> skip_positions(jax.random.key(0), jnp.array([[0, 1, 2]]), 3).tolist()
     [[0, 1, 2]]
     """
-    checks.integer("target_length", target_length, low=1)
-    checks.flag("shift_first", shift_first)
     runs = _runs(positions)
     length = _run_lengths(positions, runs)
     uniform = jax.random.uniform(key, (3, *positions.shape))
@@ -245,8 +243,6 @@ def interpolated_positions(
     >>> interpolated_positions(jnp.array([[0, 1, 2]]), 4, 8).tolist()
     [[0.0, 0.5, 1.0]]
     """
-    checks.number("trained_length", trained_length, above=0)
-    checks.number("target_length", target_length, above=0)
     return positions.astype(jnp.float32) * (trained_length / target_length)
 
 

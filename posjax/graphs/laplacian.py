@@ -127,6 +127,7 @@ class LapPE(GraphEncoding):
     @nn.compact
     def __call__(self, adjacency, mask=None, *, deterministic=True):
         """Vectors in float32."""
+        checks.flag("deterministic", deterministic)
         values, vectors, known = laplacian_eigenvectors(adjacency, self.eigenvectors, mask)
         if not deterministic:
             signs = jax.random.rademacher(self.make_rng("encoding"), values.shape, jnp.float32)

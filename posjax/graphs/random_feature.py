@@ -113,6 +113,7 @@ class RFP(GraphEncoding):
     @nn.compact
     def __call__(self, adjacency, mask=None, *, deterministic=True):
         """Vectors in float32."""
+        checks.flag("deterministic", deterministic)
         weights, real = prepare(adjacency, mask)
         make = normalized_adjacency if self.operator == "adjacency" else normalized_laplacian
         shape = (*real.shape, self.features)

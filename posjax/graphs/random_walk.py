@@ -73,6 +73,7 @@ class RWSE(GraphEncoding):
     @nn.compact
     def __call__(self, adjacency, mask=None, *, deterministic=True):
         """Vectors in float32."""
+        checks.flag("deterministic", deterministic)
         returns = random_walk_returns(adjacency, self.steps, mask)
         norm = nn.BatchNorm(use_running_average=deterministic, momentum=0.9, name="norm")
         real = None if mask is None else mask[..., None]

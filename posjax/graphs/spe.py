@@ -87,6 +87,7 @@ class SPE(GraphEncoding):
     @nn.compact
     def __call__(self, adjacency, mask=None, *, deterministic=True):
         """Vectors in float32."""
+        checks.flag("deterministic", deterministic)
         weights, real = prepare(adjacency, mask)
         values, vectors, known = laplacian_eigenvectors(weights, self.eigenvectors, real)
         w = spectral_filters(vectors, self._filtered(values, known))

@@ -12,6 +12,7 @@ References:
 '12+34=46'
 """
 
+import re
 import string
 from collections.abc import Sequence
 
@@ -133,6 +134,8 @@ def padded_product(first: int, second: int, width: int) -> tuple[str, str]:
     >>> padded_product(12, 34, 3)
     ('012*034=', '804000')
     """
+    for name, factor in (("first", first), ("second", second)):
+        checks.integer(name, factor, low=0, high=10**width - 1)
     question = f"{padded(first, width)}*{padded(second, width)}="
     return question, padded(first * second, 2 * width)[::-1]
 
@@ -141,11 +144,17 @@ def padded_product(first: int, second: int, width: int) -> tuple[str, str]:
 def read_product(question: str, answer: str) -> tuple[int, int, int]:
     """The factors and the product that `padded_product` wrote.
 
+    Raises:
+        ValueError: other texts.
+
     >>> read_product("012*034=", "804000")
     (12, 34, 408)
     """
-    first, second = question.removesuffix("=").split("*")
-    return int(first), int(second), int(answer[::-1])
+    found = re.fullmatch(r"([0-9]+)\*([0-9]+)=?", question)
+    checks.require("question", question, found is not None, "two numbers with * between")
+    is_number = re.fullmatch("[0-9]+", answer) is not None
+    checks.require("answer", answer, is_number, "the digits of a number")
+    return int(found[1]), int(found[2]), int(answer[::-1])
 
 
 def _require_alphabet(alphabet: str) -> None:

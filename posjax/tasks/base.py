@@ -44,6 +44,8 @@ class Vocabulary:
 
     def __post_init__(self):
         checks.fields(self)
+        wanted = "a tuple of one or more strings"
+        checks.require("Vocabulary symbols", self.symbols, len(self.symbols) > 0, wanted)
 
     @property
     def size(self) -> int:
@@ -56,10 +58,13 @@ class Vocabulary:
         Raises:
             ValueError: an id is no token.
         """
-        ids = [int(i) for i in ids]
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        is_sequence = isinstance(ids, Iterable) and not isinstance(ids, str)
+        checks.require("ids", ids, is_sequence, "token ids")
+        ids = list(ids)
         for i in ids:
-            checks.integer("token id", i, low=0, high=self.size - 1)
-        return self._join(ids)
+            checks.integer("a token id", i, low=0, high=self.size - 1)
+        return self._join([int(i) for i in ids])
 
     def _join(self, ids: list[int]) -> str:
         return "".join(self.symbols[i] for i in ids)

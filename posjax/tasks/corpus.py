@@ -34,7 +34,7 @@ class Corpus:
     validation_files: tuple[Path, ...]
 
 
-@checked()
+@checked(validation_fraction=checks.Limits(above=0, below=1))
 def load_corpus(
     path: tuple[str, ...], suffixes: tuple[str, ...] = (), validation_fraction: float = 0.1
 ) -> Corpus:

@@ -34,7 +34,7 @@ class _Example:
         return self.task.example(step * self.batch_size + self.first + row, seed=self.seed)
 
 
-@checked()
+@checked(batch_size=checks.size(), process_count=checks.at_least(1))
 def train_dataset(
     task: Task, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset:
@@ -58,8 +58,6 @@ def train_dataset(
     >>> next(iter(dataset))["inputs"].shape
     (4, 8)
     """
-    checks.integer("batch_size", batch_size, low=1)
-    checks.integer("process_count", process_count, low=1)
     checks.integer("process_index", process_index, low=0, high=process_count - 1)
     wanted = f"a multiple of process_count = {process_count}"
     checks.require("batch_size", batch_size, batch_size % process_count == 0, wanted)
@@ -70,7 +68,7 @@ def train_dataset(
     return dataset.to_iter_dataset(_READ)
 
 
-@checked()
+@checked(batch_size=checks.size(), limit=checks.at_least(1))
 def split_batches(
     task: Task, split: str, *, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[Batch, int]]:
@@ -86,8 +84,6 @@ def split_batches(
     Raises:
         ValueError: no such split, or numbers below 1.
     """
-    checks.integer("batch_size", batch_size, low=1)
-    checks.integer("limit", limit, low=1, optional=True)
     checks.choice("split", split, task.splits)
     size = min(task.splits[split].size, limit or task.splits[split].size)
     return _batches(task, split, size, batch_size)

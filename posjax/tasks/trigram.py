@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from posjax import checks
+
 __all__ = ["Trigram"]
 
 _CHUNK = 2**23
@@ -36,7 +38,9 @@ class Trigram:
 
     @classmethod
     def fit(cls, data: np.ndarray) -> "Trigram":
-        """Counts the trigrams, bigrams and bytes of `data` (uint8)."""
+        """Counts the trigrams, bigrams and bytes of `data` (uint8, one axis)."""
+        checks.shape("data", data, ("bytes",))
+        checks.dtype("data", data, (np.dtype(np.uint8),))
         counts = np.zeros(256**3, np.int64)
         for start in range(0, max(data.size - 2, 0), _CHUNK):
             chunk = data[start : start + _CHUNK + 2].astype(np.int32)
@@ -57,7 +61,16 @@ class Trigram:
 
         Returns:
             float64, in the shape of `targets`.
+
+        Raises:
+            ValueError: arrays of other shapes, or of other numbers than bytes.
         """
+        checks.shape("inputs", inputs, ("batch", "length"))
+        checks.shape("targets", targets, inputs.shape)
+        for name, x in (("inputs", inputs), ("targets", targets)):
+            checks.dtype(name, x, np.integer)
+            wanted = "bytes, from 0 to 255"
+            checks.require(name, x, x.size == 0 or 0 <= x.min() <= x.max() <= 255, wanted)
         context = _code(inputs[:, :-1].astype(np.int32), inputs[:, 1:])
         seen, which = np.unique(context, return_inverse=True)
         table = _interpolate(self.counts[seen], self.bigrams[seen % 256])

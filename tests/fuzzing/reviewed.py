@@ -5,6 +5,33 @@ REVIEWED = {
     ("*", "*", "huge"): "a large setting; time and memory are what counts",
     ("*", "*", "huge inside"): "a large setting; time and memory are what counts",
     ("*", "gate_bias", "0"): "any number is a bias",
+    ("dot_product_attention", "mask", "integers"): "1 stands for True",
+    ("dot_product_attention", "mask", "floats"): "1.0 stands for True, as in Flax",
+    ("dot_product_attention", "scale", "0"): "any number is a factor",
+    ("dot_product_attention", "scale", "-1"): "any number is a factor",
+    **{
+        ("dot_product_attention", name, "rank - 1"): "one row for all sequences"
+        for name in (
+            *("query_positions", "key_positions"),
+            *("query_segment_ids", "key_segment_ids"),
+        )
+    },
+    ("ContextualBias", "gate_scale", "0"): "all gates are alike",
+    ("ContextualBias", "gate_scale", "-1"): "any number is a factor",
+    ("ClippedTableBias", "key", "nans"): "not read without key_table",
+    ("MultiplierBias", "key", "nans"): "not read without by_channel",
+    ("rotate", "length", "nans"): "not read without a scaling",
+    ("rope_turn", "length", "nans"): "not read without a scaling",
+    ("t5_buckets", "relative", "nans"): "-1, which is no bucket",
+    **{
+        ("languages", name, kind): reason
+        for name in ("second", "neutral")
+        for kind, reason in (
+            ("empty", "no such token"),
+            ("0 inside", "a token id"),
+            ("-1 inside", "no token has it"),
+        )
+    },
     ("Abacus", "digits", "0 inside"): "a token id",
     ("BiPE", "separators", "0 inside"): "a token id",
     ("CONFLATOR", "neutral", "0 inside"): "a token id",

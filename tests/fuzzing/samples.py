@@ -76,6 +76,9 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
         "width": lambda: 8,
         "window": lambda: 2,
     },
+    "dot_product_attention": {
+        name: (lambda: jnp.ones((2, 4, 2, 8))) for name in ("query", "key", "value")
+    },
     "ArrayBias": {"array": lambda: jnp.ones((2, 2, 4, 4))},
     "Config": {name: (lambda n=name: getattr(tiny(), n)) for name in ("name", "task", "model")}
     | {name: (lambda n=name: getattr(tiny(), n)) for name in ("encoding", "train")},

@@ -21,7 +21,9 @@ def bad_values(annotation: Any, right: Any, default: Any) -> Iterator[tuple[str,
     if not (optional or default is None or kind is Any):
         yield "none", None
     if is_array(kind):
-        yield from _bad_arrays(kind, right)
+        kinds = typing.get_args(annotation)
+        takes_bools = any("bool" in getattr(one, "dtypes", ()) for one in kinds)
+        yield from _bad_arrays(kind, right, takes_bools)
         return
     if kind is bool:
         yield from (("text", "False"), ("0", 0), ("1", 1), ("nan", NAN))
@@ -45,7 +47,7 @@ def bad_values(annotation: Any, right: Any, default: Any) -> Iterator[tuple[str,
         yield from (("text", "abc"), ("number", 3), ("bool", True))
 
 
-def _bad_arrays(kind: Any, right: Any) -> Iterator[tuple[str, Any]]:
+def _bad_arrays(kind: Any, right: Any, takes_bools: bool) -> Iterator[tuple[str, Any]]:
     yield from (("text", "abc"), ("nan", NAN))
     if not hasattr(right, "shape") or not hasattr(kind, "dim_str"):
         return
@@ -60,7 +62,9 @@ def _bad_arrays(kind: Any, right: Any) -> Iterator[tuple[str, Any]]:
     if right.dtype == bool:
         yield from (("floats", right.astype(jnp.float32)), ("integers", right.astype(jnp.int32)))
         return
-    yield from (("bools", right.astype(bool)), ("complex", right.astype(jnp.complex64)))
+    if not takes_bools:
+        yield "bools", right.astype(bool)
+    yield "complex", right.astype(jnp.complex64)
     if jnp.issubdtype(right.dtype, jnp.integer) and "float32" not in str(kind.dtypes):
         yield "floats", right.astype(jnp.float32) + 0.5
     if jnp.issubdtype(right.dtype, jnp.floating):
