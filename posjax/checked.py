@@ -131,7 +131,7 @@ def _check_array(
 ) -> None:
     """An array of one of several annotations; adds its sizes to `sizes`."""
     if jax.Array in kinds:
-        _check_key(name, value)
+        checks.key(name, value)
         return
     _check_is_array(name, value, kinds, optional)
     patterns = list(dict.fromkeys(kind.dim_str for kind in kinds))
@@ -145,13 +145,6 @@ def _check_is_array(name: str, value: Any, kinds: tuple[Any, ...], optional: boo
     axes = ", ".join(axis.strip("*#") for axis in kinds[0].dim_str.split())
     wanted = f"an array [{axes}]" + ", or None" * optional
     checks.require(name, value, _is_array(value), wanted)
-
-
-def _check_key(name: str, value: Any) -> None:
-    """A random key of the new kind or of the old one."""
-    dtype = getattr(value, "dtype", None)
-    is_key = dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == "uint32")
-    checks.require(name, value, is_key, "a random key")
 
 
 def _sizes_of(pattern: str, sizes: dict[str, Any]) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,6 +37,7 @@ __all__ = [
     "instance",
     "integer",
     "integers",
+    "key",
     "number",
     "numbers_of",
     "require",
@@ -302,6 +304,17 @@ _DTYPES = {
     jnp.floating: "a floating-point type",
     jnp.bool_: "bool",
 }
+
+
+def key(name: str, value: Any, wanted: str = "a random key") -> Array:
+    """A typed random key of a typed or a raw one."""
+    value_dtype = getattr(value, "dtype", None)
+    if value_dtype is not None and jnp.issubdtype(value_dtype, jax.dtypes.prng_key):
+        shape(name, value, ())
+        return value
+    raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    require(name, value, value_dtype == raw.dtype and value.shape == raw.shape, wanted)
+    return jax.random.wrap_key_data(jnp.asarray(value))
 
 
 def rows(name: str, array: Any, batch: int, length: int) -> Array:

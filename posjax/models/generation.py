@@ -1,21 +1,39 @@
 """Decoding with a cache: one prefill of the prompt, then one token at a time."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import flax.errors
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from posjax import checks
+from posjax.forms import known
+from posjax.models.inputs import known_tokens
 from posjax.models.transformer import Cache, Transformer
 from posjax.types import Array, Float, Int, PyTree
 
 __all__ = ["generate", "init_cache"]
 
+# Stands for a token where there is none to choose.
+_NONE = -1
+
 
 def init_cache(model: Transformer, variables: PyTree, batch: int, length: int) -> Cache:
-    """An empty cache with room for `length` tokens in each of `batch` rows."""
-    checks.integer("batch", batch, low=1)
-    checks.integer("length", length, low=1)
+    """An empty cache with room for `length` tokens in each of `batch` rows.
+
+    Raises:
+        ValueError: no model, variables of another one, or sizes below 1.
+    """
+    _check_model(model, variables)
+    checks.integer("batch", batch, low=1, reasonable=checks.LARGEST)
+    checks.integer("length", length, low=1, reasonable=checks.LONGEST)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    _, shapes = jax.eval_shape(lambda tokens: model.apply(variables, tokens, keep=True), tokens)
+    try:
+        shapes = jax.eval_shape(lambda x: model.apply(variables, x, keep=True), tokens)[1]
+    except flax.errors.FlaxError as error:
+        raise ValueError(f"variables must be those of the model: {error}") from error
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
@@ -36,20 +54,47 @@ def generate(
             temperature).
         key: random key for sampling.
 
+    Returns:
+        Tokens. In a function that is being compiled, and so cannot raise, tokens are -1 from where
+        the logits of a row are not numbers.
+
     Raises:
-        ValueError: steps < 1, an empty prompt, a negative temperature, or sampling without a key.
+        ValueError: steps < 1, an empty prompt, tokens outside the vocabulary, a negative
+            temperature, sampling without a key, variables of another model, or logits that are not
+            numbers.
         posjax.positions.LengthError: prompt and steps together are longer than a table of the
         encoding.
     """
+    _check_model(model, variables)
     checks.shape("prompt", prompt, ("batch", "length"), empty=False)
     checks.dtype("prompt", prompt, jnp.integer)
-    checks.integer("steps", steps, low=1)
+    known_tokens(prompt, model.vocab_size)
+    checks.integer("steps", steps, low=1, reasonable=checks.LARGEST)
     checks.number("temperature", temperature, low=0)
     wanted = "a random key, with a temperature above 0"
     checks.require("key", key, temperature == 0 or key is not None, wanted)
-    given = jax.random.key(0) if key is None else key
+    given = jax.random.key(0) if key is None else checks.key("key", key)
     run = _compiled if _is_hashable(model) else _generated
-    return run(model, steps, temperature > 0, variables, prompt, temperature, given)
+    tokens = run(model, steps, temperature > 0, variables, prompt, temperature, given)
+    _check_tokens(tokens)
+    return tokens
+
+
+def _check_model(model: Any, variables: Any) -> None:
+    checks.instance("model", model, Transformer)
+    checks.instance("variables", variables, Mapping, "the variables of the model, a dictionary")
+
+
+def _check_tokens(tokens: Int[Array, "B steps"]) -> None:
+    """Raises ValueError if the model gave no logits to choose from, if that is known."""
+    values = known(tokens)
+    if values is None or not (values == _NONE).any():
+        return
+    row, step = np.argwhere(values == _NONE)[0].tolist()
+    raise ValueError(
+        f"the model's logits are not numbers in row {row} at step {step}; variables must be such "
+        "that they are."
+    )
 
 
 def _generated(
@@ -67,14 +112,19 @@ def _generated(
 
     def step(state, key):
         last, cache = state
-        token = jnp.argmax(last, axis=-1)
-        if samples:
-            token = jax.random.categorical(key, last / temperature)
-        logits, cache = model.apply(variables, token[:, None].astype(jnp.int32), cache=cache)
-        return (logits[:, -1], cache), token.astype(jnp.int32)
+        token = _chosen(last / temperature, key) if samples else _chosen(last, None)
+        logits, cache = model.apply(variables, token[:, None], cache=cache)
+        return (logits[:, -1], cache), token
 
     _, tokens = jax.lax.scan(step, (logits[:, -1], cache), jax.random.split(key, steps))
     return tokens.T
+
+
+def _chosen(logits: Float[Array, "B V"], key: Array | None) -> Int[Array, "B"]:
+    """The most likely token, or one drawn with a key."""
+    token = jnp.argmax(logits, axis=-1) if key is None else jax.random.categorical(key, logits)
+    is_right = ~jnp.isnan(logits).any(axis=-1)
+    return jnp.where(is_right, token.astype(jnp.int32), _NONE)
 
 
 # Compiled once for equal models, shapes and numbers of steps.

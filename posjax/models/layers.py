@@ -6,13 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from posjax import checks
 from posjax.attention import dot_product_attention
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.stream import stream_of
 from posjax.models.config import TransformerConfig
 from posjax.types import Array, Float, Int, PyTree
 
-__all__ = ["Attention", "Block", "Context", "LayerState", "Remembered"]
+__all__ = ["Attention", "Block", "Cache", "Context", "LayerState", "Remembered"]
 
 
 class Context(NamedTuple):
@@ -40,6 +41,17 @@ class LayerState(NamedTuple):
 
     attention: Remembered
     stream_inputs: PyTree  # of the encoding
+
+
+class Cache(NamedTuple):
+    """All arrays that the model keeps of the tokens seen so far; room for S tokens."""
+
+    length: Int[Array, ""]  # tokens seen
+    carry: PyTree  # of the encoding's positions
+    indices: PyTree  # of the encoding, for the keys, [B, S, ...]
+    layers: (
+        tuple[LayerState, ...] | LayerState
+    )  # with scan_layers one state with a leading layer axis
 
 
 class Attention(nn.Module):
@@ -164,8 +176,16 @@ def write_at(old: Array, new: Array, offset: Int[Array, ""]) -> Array:
 
 
 def write_all(old: PyTree, new: PyTree, offset: Int[Array, ""] | None) -> PyTree:
-    """`write_at` for every array; `new` itself if there is no cache."""
-    return new if old is None else jax.tree.map(lambda o, n: write_at(o, n, offset), old, new)
+    """`write_at` for every array; `new` itself if there is no cache.
+
+    Raises:
+        ValueError: the cache holds other arrays.
+    """
+    if old is None:
+        return new
+    held, wanted = (jax.tree.map(lambda x: (x.shape[0], *x.shape[2:]), x) for x in (old, new))
+    checks.require("cache", held, held == wanted, f"one that holds {wanted} of each token")
+    return jax.tree.map(lambda o, n: write_at(o, n, offset), old, new)
 
 
 def _identity(config: TransformerConfig, name: str):

@@ -1,57 +1,18 @@
 """A decoder-only transformer that takes its position encoding as an argument."""
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.stream import stream_of
-from posjax.forms import known
 from posjax.models.config import TransformerConfig
-from posjax.models.layers import Block, Context, LayerState, norm, write_all
+from posjax.models.inputs import check_cache, known_tokens, room, row_of_each
+from posjax.models.layers import Block, Cache, Context, norm, write_all
 from posjax.positions import segment_positions, sequence_positions
-from posjax.types import Array, Bool, Float, Int, PyTree
+from posjax.types import Array, Float, Int, PyTree
 
 __all__ = ["Cache", "Transformer"]
-
-
-class Cache(NamedTuple):
-    """All arrays that the model keeps of the tokens seen so far; room for S tokens."""
-
-    length: Int[Array, ""]  # tokens seen
-    carry: PyTree  # of the encoding's positions
-    indices: PyTree  # of the encoding, for the keys, [B, S, ...]
-    layers: (
-        tuple[LayerState, ...] | LayerState
-    )  # with scan_layers one state with a leading layer axis
-
-
-def _known_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B T"]:
-    """Which tokens are in the vocabulary; all of them if their values are known."""
-    checks.dtype("tokens", tokens, jnp.integer)
-    holds = (tokens >= 0) & (tokens < vocab_size)
-    values = known(holds)
-    if values is not None and not values.all():
-        first = np.asarray(tokens)[~values].reshape(-1)[0].item()
-        wanted = f"from 0 to {vocab_size - 1}, in the vocabulary"
-        checks.require("a token", first, False, wanted)
-    return holds
-
-
-def _room(cache: Cache, count: int) -> Bool[Array, "T"]:
-    """For which of `count` more tokens the cache has room; for all if its length is known."""
-    layers = cache.layers if isinstance(cache.layers, LayerState) else cache.layers[0]
-    room, length = layers.attention.key.shape[-3], known(cache.length)
-    if count > room or (length is not None and length + count > room):
-        before = "" if length is None else f" {length} tokens, and"
-        raise ValueError(
-            f"cache has{before} room for {room}, but tokens has {count} more; make a larger one "
-            "with init_cache."
-        )
-    return cache.length + jnp.arange(count, dtype=jnp.int32) < room
 
 
 class Transformer(nn.Module):
@@ -100,9 +61,9 @@ class Transformer(nn.Module):
         """Logits for the next token at every place, in float32.
 
         Args:
-            positions: passed to the encoding; by default 0, 1, ..., starting again in every packed
-                segment.
-            segment_ids: tokens see only tokens of the same segment.
+            positions: passed to the encoding, [T], [1, T] or [B, T]; by default 0, 1, ..., starting
+                again in every packed segment.
+            segment_ids: tokens see only tokens of the same segment; likewise.
             deterministic: False in training: dropout (rng stream "dropout") and random positions
                 ("encoding").
             cache: the tokens before these; the result is then (logits, cache). Logits of tokens
@@ -110,9 +71,9 @@ class Transformer(nn.Module):
             keep: return (logits, cache) without a cache to start from.
 
         Raises:
-            ValueError: segment_ids together with a cache; an encoding that reads following tokens;
-                tokens outside the vocabulary, or more than the cache has room for, where their
-                values are known (otherwise their logits are NaN).
+            ValueError: segment_ids together with a cache; a cache of another model; an encoding
+                that reads following tokens; tokens outside the vocabulary, or more than the cache
+                has room for, where their values are known (otherwise their logits are NaN).
             NotImplementedError: a cache with an encoding that cannot decode.
             posjax.positions.LengthError: more tokens than a table of the encoding has rows.
         """
@@ -133,9 +94,15 @@ class Transformer(nn.Module):
             raise NotImplementedError(
                 f"{name} cannot decode with a cache: run the model on all tokens."
             )
-        checks.shape("tokens", tokens, ("batch", "length"))
-        is_known = _known_tokens(tokens, self.vocab_size)
-        has_room = None if cache is None else _room(cache, tokens.shape[1])
+        checks.flag("deterministic", deterministic)
+        checks.flag("keep", keep)
+        is_known = known_tokens(tokens, self.vocab_size)
+        positions = row_of_each("positions", positions, tokens)
+        segment_ids = row_of_each("segment_ids", segment_ids, tokens)
+        has_room = None
+        if cache is not None:
+            check_cache(cache, config, len(tokens))
+            has_room = room(cache, tokens.shape[1])
         context, carry = self._context(
             encoding, tokens, positions, segment_ids, deterministic, cache
         )
@@ -167,7 +134,8 @@ class Transformer(nn.Module):
         """Place 1, and what else all layers share."""
         batch, length = tokens.shape
         offset = None if cache is None else cache.length
-        places = sequence_positions(batch, length, 0 if cache is None else offset)
+        rows = sequence_positions(1, length, 0 if cache is None else offset)
+        places = jnp.broadcast_to(rows, (batch, length))
         if positions is None:
             positions = places if segment_ids is None else segment_positions(segment_ids)
         indices, carry = encoding.positions(
@@ -179,8 +147,8 @@ class Transformer(nn.Module):
         )
         keys = write_all(None if cache is None else cache.indices, indices, offset)
         shared = encoding.shared(self.config.sizes)
-        rows, places = places[0], None if cache is None else places
-        return Context(indices, keys, rows, places, segment_ids, shared, offset), carry
+        places = None if cache is None else places
+        return Context(indices, keys, rows[0], places, segment_ids, shared, offset), carry
 
     def _blocks(self, flow, encoding, context: Context, cache: Cache | None, deterministic: bool):
         """All blocks, one after another or scanned."""

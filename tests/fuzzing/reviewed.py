@@ -16,6 +16,10 @@ REVIEWED = {
             *("query_segment_ids", "key_segment_ids"),
         )
     },
+    **{
+        ("Transformer.__call__", name, "rank - 1"): "one row for all sequences"
+        for name in ("positions", "segment_ids")
+    },
     ("ContextualBias", "gate_scale", "0"): "all gates are alike",
     ("ContextualBias", "gate_scale", "-1"): "any number is a factor",
     ("ClippedTableBias", "key", "nans"): "not read without key_table",
