@@ -286,7 +286,8 @@ class LongRoPE(Scaling):
         factor = self.attention_factor
         if factor is None:
             factor = math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
-        return jnp.where(is_long, long[None, :], short[None, :]), factor
+        frequencies = jnp.where(is_long, long[None, :], short[None, :])
+        return jnp.where(jnp.isnan(length)[:, None], jnp.nan, frequencies), factor
 
     def _factors(self, field: str, pairs: int, default: float) -> np.ndarray:
         factors = getattr(self, field)

@@ -37,7 +37,7 @@ def _length(low: int) -> checks.Limits:
     return checks.size(low, reasonable=checks.LONGEST)
 
 
-@checked()
+@checked(length=checks.at_least(0))
 def check_length(length: int, table: int, name: str) -> None:
     """Raises `LengthError` when `length` positions do not fit into a table of `table` rows."""
     if length > table:

@@ -1,4 +1,4 @@
-"""A sample of what tests/fuzz_arguments.py tries: some callables, and some wrong values for each."""
+"""A sample of tests/fuzz_arguments.py: some callables, and some wrong values for each."""
 
 import random
 

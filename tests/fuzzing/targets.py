@@ -17,7 +17,7 @@ import posjax
 
 SKIPPED_MODULES = re.compile(
     r"posjax\.(kernels|axes|checks|dropout|forms|implementations|masks|precision|problem|types"
-    r"|varying|version)\b"
+    r"|varying|version|models\.inputs)\b"
 )
 
 # Callables that are not called, and why.
@@ -37,6 +37,7 @@ SKIPPED = {
     "Turn": "a record that `turn_at` makes",
     "Tile": "a record that implementations make",
     "Picture": "a record that `picture` makes",
+    "Call": "a record of a table",
     "Entry": "a record of a table",
     "Row": "a record of a table",
     "Split": "a record that tasks make",
