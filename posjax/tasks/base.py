@@ -60,13 +60,11 @@ class Vocabulary:
         """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         is_sequence = isinstance(ids, Iterable) and not isinstance(ids, str)
-        ids = list(ids) if is_sequence else ids
-        wanted = "a sequence of token ids"
-        holds = is_sequence and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-        checks.require("ids", ids, holds, wanted)
+        checks.require("ids", ids, is_sequence, "a sequence of token ids")
+        ids = checks.integers("ids", list(ids), empty=True)
         for i in ids:
             checks.integer("token id", i, low=0, high=self.size - 1)
-        return self._join(ids)
+        return self._join([int(i) for i in ids])
 
     def _join(self, ids: list[int]) -> str:
         return "".join(self.symbols[i] for i in ids)
