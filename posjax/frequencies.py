@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Num
 
 __all__ = [
@@ -39,7 +38,7 @@ __all__ = [
 Frequencies = np.ndarray | Array
 
 
-@checked(channels=checks.size(0), base=checks.above(0))
+@checks.arguments(channels=checks.size(0), base=checks.above(0))
 def rope_frequencies(channels: int, base: float) -> np.ndarray:
     """RoPE's frequencies base^(-2m / channels), [channels / 2], in float64.
 
@@ -56,7 +55,7 @@ class Scaling(abc.ABC):
 
     reads_length: ClassVar[bool] = False
 
-    @checked(channels=checks.size(0), base=checks.above(0))
+    @checks.arguments(channels=checks.size(0), base=checks.above(0))
     def __call__(
         self, channels: int, base: float, length: Num[Array, "B"]
     ) -> tuple[Frequencies, float]:

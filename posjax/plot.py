@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 
 from posjax import checks
 from posjax.biases.contextual import ContextualBias
-from posjax.checked import checked
 from posjax.encodings import registry
 from posjax.encodings.base import PositionEncoding, Side, Sizes
 from posjax.encodings.stream import stream_of
@@ -92,7 +91,7 @@ class _Probe(nn.Module):
         return logits[0], jnp.einsum("btd,bsd->bts", added, added), counts
 
 
-@checked(length=checks.size(reasonable=2**13), heads=checks.size(reasonable=2**10))
+@checks.arguments(length=checks.size(reasonable=2**13), heads=checks.size(reasonable=2**10))
 def picture(
     name: str, length: int = 64, heads: int = 4, text: str = _TEXT, seed: int = 0
 ) -> Picture:
@@ -128,7 +127,7 @@ def picture(
     )
 
 
-@checked()
+@checks.arguments()
 def draw(pictures: list[Picture], text: str = _TEXT) -> Figure:
     """A figure with one row of panels for each picture."""
     holds = isinstance(pictures, Sequence) and all(isinstance(p, Picture) for p in pictures)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile, check_positions
-from posjax.checked import checked
 from posjax.precision import wide
 from posjax.types import Array, Float, Num
 from posjax.varying import varying_axes, varying_over
@@ -22,7 +21,7 @@ __all__ = ["ClippedTableBias", "MultiplierBias", "look_up"]
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-@checked(clip=checks.at_least(0))
+@checks.arguments(clip=checks.at_least(0))
 def look_up(
     rows: Float[Array, "#B #N #t P"], relative: Num[Array, "#B t s"], clip: tuple[int, int]
 ) -> Float[Array, "B N t s"]:

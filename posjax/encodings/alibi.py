@@ -6,14 +6,13 @@ from typing import Self
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
 __all__ = ["ALiBi", "LinearDistance", "alibi_slopes"]
 
 
-@checked(heads=checks.size())
+@checks.arguments(heads=checks.size())
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """The slope of each head.
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.rotary import turn
 from posjax.frequencies import rope_frequencies
@@ -18,7 +17,7 @@ from posjax.types import Array, Float, Num
 __all__ = ["ComRoPE", "rotate_blocks"]
 
 
-@checked()
+@checks.arguments()
 def rotate_blocks(
     x: Num[Array, "B T N H"], amounts: Float[Array, "#B T m"], angles: Float[Array, "#N m b b"]
 ) -> Num[Array, "B T N H"]:

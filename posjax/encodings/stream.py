@@ -1,6 +1,6 @@
 """Encodings that change the residual stream of layers, or carry a state through them."""
 
-from posjax.checked import checked
+from posjax import checks
 from posjax.encodings.base import PositionEncoding, Sizes
 from posjax.types import Array, Float, Int, PyTree
 
@@ -57,7 +57,7 @@ class StreamEncoding(PositionEncoding):
         return state
 
 
-@checked()
+@checks.arguments()
 def stream_of(encoding: PositionEncoding) -> StreamEncoding:
     """The encoding itself if it has stream hooks, else one with neutral hooks."""
     return encoding if isinstance(encoding, StreamEncoding) else StreamEncoding(parent=None)

@@ -65,15 +65,15 @@ def generate(
         posjax.positions.LengthError: prompt and steps together are longer than a table of the
         encoding.
     """
-    _check_model(model, variables)
     checks.shape("prompt", prompt, ("batch", "length"), empty=False)
     checks.dtype("prompt", prompt, jnp.integer)
-    known_tokens(prompt, model.vocab_size)
     checks.integer("steps", steps, low=1, reasonable=checks.LARGEST)
     checks.number("temperature", temperature, low=0)
     wanted = "a random key, with a temperature above 0"
     checks.require("key", key, temperature == 0 or key is not None, wanted)
     given = jax.random.key(0) if key is None else checks.key("key", key)
+    _check_model(model, variables)
+    known_tokens(prompt, model.vocab_size)
     run = _compiled if _is_hashable(model) else _generated
     tokens = run(model, steps, temperature > 0, variables, prompt, temperature, given)
     _check_tokens(tokens)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Float
 
 __all__ = [
@@ -187,7 +186,7 @@ def _count(values: Array) -> Float[Array, ""]:
     return jnp.sum(values, dtype=jnp.float32)
 
 
-@checked()
+@checks.arguments()
 def as_batch(
     inputs: np.ndarray, targets: np.ndarray, scored: np.ndarray, loss: np.ndarray | None = None
 ) -> Batch:
