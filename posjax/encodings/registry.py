@@ -21,8 +21,8 @@ __all__ = ["COMPOSITIONS", "all_names", "classes", "create", "names", "spec_of"]
 COMPOSITIONS = {
     "abacus+fire": "2405.17399",
     "abacus+rope": "2405.17399",
+    "cope+relative": "2405.18719",
     "cope+rope": "2405.18719",
-    "cope+shaw.keys": "2405.18719",
 }
 _NO_ENCODING = "nope"
 # Files of this folder that hold bases and families.
