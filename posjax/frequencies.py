@@ -176,7 +176,8 @@ class YaRN(Scaling):
     Args:
         factor: new length over trained length; at least 1.
         original_length: trained length; at least 1.
-        beta_fast: pairs with this many turns or more stay as they are; above beta_slow.
+        beta_fast: pairs with this many turns or more stay as they are; at least beta_slow. If they
+            are equal, the ramp is a step (Kimi-K2).
         beta_slow: pairs with this many turns or fewer are interpolated; above 0.
         truncate: whether the edges of the second ramp are whole numbers.
         attention_factor: multiplies query and key; above 0. None: 0.1 ln factor + 1.
@@ -206,15 +207,20 @@ class YaRN(Scaling):
             beta_slow=checks.above(0),
             attention_factor=checks.above(0),
         )
-        wanted = f"above beta_slow = {self.beta_slow}"
-        checks.require("YaRN beta_fast", self.beta_fast, self.beta_fast > self.beta_slow, wanted)
+        wanted = f"at least beta_slow = {self.beta_slow}"
+        checks.require("YaRN beta_fast", self.beta_fast, self.beta_fast >= self.beta_slow, wanted)
 
     def _scaled(self, channels, base, length):
         own = rope_frequencies(channels, base)
         kept = self._by_dimension(channels, base) if self.ramp == "dimension" else None
         if kept is None:
-            turns = self.original_length * own / (2 * math.pi)
-            kept = np.clip((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
+            turns, width = (
+                self.original_length * own / (2 * math.pi),
+                self.beta_fast - self.beta_slow,
+            )
+            is_step = width == 0
+            ramp = turns >= self.beta_slow if is_step else (turns - self.beta_slow) / width
+            kept = np.clip(ramp, 0, 1)
         factor = self.attention_factor
         factor = 0.1 * math.log(self.factor) + 1 if factor is None else factor
         return own * (kept + (1 - kept) / self.factor), factor
@@ -309,7 +315,8 @@ class Llama3(Scaling):
         factor: new length over trained length; at least 1.
         original_length: trained length; at least 1.
         low: pairs with this many turns or fewer are interpolated; above 0.
-        high: pairs with this many turns or more stay as they are; above `low`.
+        high: pairs with this many turns or more stay as they are; at least `low`. If they are
+            equal, the ramp is a step (Llama 4 Scout).
 
     References:
         Meta's code for Llama 3.1; the model is in Grattafiori et al., The Llama 3 Herd of Models,
@@ -331,7 +338,8 @@ class Llama3(Scaling):
             original_length=checks.at_least(1),
             low=checks.above(0),
         )
-        checks.require("Llama3 high", self.high, self.high > self.low, f"above low = {self.low}")
+        wanted = f"at least low = {self.low}"
+        checks.require("Llama3 high", self.high, self.high >= self.low, wanted)
 
     def _scaled(self, channels, base, length):
         ramp = YaRN(
