@@ -61,8 +61,7 @@ def test_forward_mode_is_refused_with_what_can(description, jit):
     refused(lambda f: wrap(jax.jacfwd(f))(*ARRAYS), description)
 
 
-@pytest.mark.parametrize("description", ["none", "contextual"])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(("description", "jit"), [("none", False), ("contextual", True)])
 def test_a_second_backward_pass_is_refused_with_what_can(description, jit):
     wrap = jax.jit if jit else lambda function: function
 
