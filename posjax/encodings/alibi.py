@@ -95,7 +95,10 @@ class ALiBi(DistanceBias):
 
     @classmethod
     def asymmetric(cls) -> Self:
-        """Keys before the query are half a step nearer, so that an encoder sees the direction."""
+        """Keys before the query are half a step nearer, so an encoder sees directions.
+
+        The form of the code of Ruoss et al., arXiv:2305.16843.
+        """
         return cls(left_bonus=0.5)
 
     def function(self, heads):
