@@ -1,6 +1,6 @@
 """Learned relative positions, one table for the whole model: the baseline of CoPE's paper."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class Relative(TrainedBias):
     num_positions: int = 1024
     strict: bool = True
     share_layers: bool = True
-    is_causal_only = True
+    is_causal_only: ClassVar[bool] = True
 
     def __post_init__(self):
         checks.fields(self, num_positions=checks.size())
@@ -78,7 +78,7 @@ class Relative(TrainedBias):
         table = self.parameters_of_layer(query, key, shared)
         places = {"query_positions": query.indices, "key_positions": key.indices}
         last = self.num_positions - 1
-        rows = ClippedTableBias(query_table=table[::-1], clip=(last, 0), **places)
+        rows = ClippedTableBias(query_table=table[::-1], clip=(last, 0), causal_only=True, **places)
         if not self.strict:
             return rows
         if jnp.issubdtype(key.indices.dtype, jnp.integer):
