@@ -19,7 +19,7 @@ __all__ = ["ComRoPE", "rotate_blocks"]
 
 @checks.arguments()
 def rotate_blocks(
-    x: Num[Array, "B T N H"], amounts: Float[Array, "#B T m"], angles: Float[Array, "#N m b b"]
+    x: Num[Array, "B T N H"], amounts: Float[Array, "#B T m"], angles: Float[Array, "K m b b"]
 ) -> Num[Array, "B T N H"]:
     """Multiplies each block of b neighbouring channels by exp(amount (P - P^T)).
 
@@ -39,6 +39,11 @@ def rotate_blocks(
     [[[[-0.0, 1.0]]]]
     """
     kv_heads, blocks, block, _ = angles.shape
+    heads, size = x.shape[2:]
+    wanted = f"[K, m, b, b] with K a divisor of {heads} heads and m b the head size {size}"
+    fits = kv_heads and heads % kv_heads == 0 and blocks * block == size
+    if not fits:
+        raise ValueError(f"angles has shape {angles.shape}; it must be {wanted}.")
     skew = angles - jnp.swapaxes(angles, -1, -2)
     if block == 2:
         speeds = jnp.repeat(skew[:, :, 1, 0], x.shape[2] // kv_heads, axis=0)
