@@ -3,16 +3,16 @@
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from posjax.attention import dot_product_attention
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.stream import stream_of
+from posjax.models.cache import LayerState, Remembered, write_all
 from posjax.models.config import TransformerConfig
 from posjax.types import Array, Float, Int, PyTree
 
-__all__ = ["Attention", "Block", "Context", "LayerState", "Remembered"]
+__all__ = ["Attention", "Block", "Context"]
 
 
 class Context(NamedTuple):
@@ -25,21 +25,6 @@ class Context(NamedTuple):
     segment_ids: Int[Array, "B T"] | None
     shared: PyTree  # parameters of the encoding that all layers use
     offset: Int[Array, ""] | None  # tokens in the cache before this call; None without a cache
-
-
-class Remembered(NamedTuple):
-    """The arrays that an attention layer keeps of each token."""
-
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
-    memory: PyTree  # of the encoding
-
-
-class LayerState(NamedTuple):
-    """The arrays that a layer keeps of each token."""
-
-    attention: Remembered
-    stream_inputs: PyTree  # of the encoding
 
 
 class Attention(nn.Module):
@@ -64,7 +49,7 @@ class Attention(nn.Module):
             _projection(config, (config.key_heads, size), "value")(inputs),
             encoding.cache(inputs, config.sizes, state),
         )
-        known = write_all(cached, new, context.offset)
+        known = write_all("cache.layers.attention", cached, new, context.offset)
         query = Side(query, context.query_indices, new.memory)
         key = Side(known.key, context.key_indices, known.memory, known.value)
         turned = encoding.rotate(query, key)
@@ -124,7 +109,12 @@ class Block(nn.Module):
         """The residual stream and the encoding's state after the block; the state of the layer."""
         (stream, state), encoding = flow, self.encoding
         of_stream, old = stream_of(encoding), cached or LayerState(None, None)
-        inputs = write_all(old.stream_inputs, of_stream.stream_inputs(stream), context.offset)
+        inputs = write_all(
+            "cache.layers.stream_inputs",
+            old.stream_inputs,
+            of_stream.stream_inputs(stream),
+            context.offset,
+        )
         stream = of_stream.update_stream(stream, inputs, context.query_indices, context.rows)
         attention = Attention(self.config, encoding, name="attention")
         before, after = (norm, _identity) if self.config.norm == "pre" else (_identity, norm)
@@ -145,27 +135,6 @@ def norm(config: TransformerConfig, name: str) -> nn.Module:
     """The configured normalisation; statistics in float32, output in the compute type."""
     kind = nn.LayerNorm if config.norm_kind == "layer" else nn.RMSNorm
     return kind(epsilon=1e-5, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-
-
-def write_at(old: Array, new: Array, offset: Int[Array, ""]) -> Array:
-    """`old` [B, S, ...] with the tokens of `new` [B, T, ...] written from `offset` on.
-
-    Tokens beyond S are left out.
-    """
-    room, count, new = old.shape[1], new.shape[1], new.astype(old.dtype)
-    if count == 1:
-        # Where there is no room, the last token is written again.
-        start = jnp.minimum(offset, room - 1)
-        before = jax.lax.dynamic_slice_in_dim(old, start, 1, axis=1)
-        new = jnp.where(offset < room, new, before)
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-    places = offset + jnp.arange(count, dtype=jnp.int32)
-    return old.at[:, places].set(new, mode="drop", unique_indices=True)
-
-
-def write_all(old: PyTree, new: PyTree, offset: Int[Array, ""] | None) -> PyTree:
-    """`write_at` for every array; `new` itself if there is no cache."""
-    return new if old is None else jax.tree.map(lambda o, n: write_at(o, n, offset), old, new)
 
 
 def _identity(config: TransformerConfig, name: str):

@@ -1,57 +1,19 @@
 """A decoder-only transformer that takes its position encoding as an argument."""
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.stream import stream_of
-from posjax.forms import known
+from posjax.models.cache import Cache, check_cache, check_carry, room, write_all
 from posjax.models.config import TransformerConfig
-from posjax.models.layers import Block, Context, LayerState, norm, write_all
+from posjax.models.door import known_tokens, rows
+from posjax.models.layers import Block, Context, norm
 from posjax.positions import segment_positions, sequence_positions
-from posjax.types import Array, Bool, Float, Int, PyTree
+from posjax.types import Array, Float, Int, PyTree
 
-__all__ = ["Cache", "Transformer"]
-
-
-class Cache(NamedTuple):
-    """All arrays that the model keeps of the tokens seen so far; room for S tokens."""
-
-    length: Int[Array, ""]  # tokens seen
-    carry: PyTree  # of the encoding's positions
-    indices: PyTree  # of the encoding, for the keys, [B, S, ...]
-    layers: (
-        tuple[LayerState, ...] | LayerState
-    )  # with scan_layers one state with a leading layer axis
-
-
-def _known_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B T"]:
-    """Which tokens are in the vocabulary; all of them if their values are known."""
-    checks.dtype("tokens", tokens, jnp.integer)
-    holds = (tokens >= 0) & (tokens < vocab_size)
-    values = known(holds)
-    if values is not None and not values.all():
-        first = np.asarray(tokens)[~values].reshape(-1)[0].item()
-        wanted = f"from 0 to {vocab_size - 1}, in the vocabulary"
-        checks.require("a token", first, False, wanted)
-    return holds
-
-
-def _room(cache: Cache, count: int) -> Bool[Array, "T"]:
-    """For which of `count` more tokens the cache has room; for all if its length is known."""
-    layers = cache.layers if isinstance(cache.layers, LayerState) else cache.layers[0]
-    room, length = layers.attention.key.shape[-3], known(cache.length)
-    if count > room or (length is not None and length + count > room):
-        before = "" if length is None else f" {length} tokens, and"
-        raise ValueError(
-            f"cache has{before} room for {room}, but tokens has {count} more; make a larger one "
-            "with init_cache."
-        )
-    return cache.length + jnp.arange(count, dtype=jnp.int32) < room
+__all__ = ["Transformer"]
 
 
 class Transformer(nn.Module):
@@ -101,21 +63,25 @@ class Transformer(nn.Module):
 
         Args:
             positions: passed to the encoding; by default 0, 1, ..., starting again in every packed
-                segment.
-            segment_ids: tokens see only tokens of the same segment.
+                segment. [T] and [1, T] are the same in all rows.
+            segment_ids: tokens see only tokens of the same segment; [T] and [1, T] as above.
             deterministic: False in training: dropout (rng stream "dropout") and random positions
                 ("encoding").
             cache: the tokens before these; the result is then (logits, cache). Logits of tokens
                 for which it has no room are NaN, if a compiled program cannot raise.
-            keep: return (logits, cache) without a cache to start from.
+            keep: return (logits, cache) also without a cache to start from.
 
         Raises:
-            ValueError: segment_ids together with a cache; an encoding that reads following tokens;
+            ValueError: arguments of other types or shapes; a cache of another model or batch;
+                segment_ids together with a cache; an encoding that reads following tokens;
                 tokens outside the vocabulary, or more than the cache has room for, where their
                 values are known (otherwise their logits are NaN).
             NotImplementedError: a cache with an encoding that cannot decode.
             posjax.positions.LengthError: more tokens than a table of the encoding has rows.
         """
+        checks.shape("tokens", tokens, ("batch", "length"))
+        checks.flag("deterministic", deterministic)
+        checks.flag("keep", keep)
         if cache is not None and segment_ids is not None:
             raise ValueError(
                 "segment_ids and cache cannot be used together: a cache holds one sequence a row."
@@ -126,16 +92,17 @@ class Transformer(nn.Module):
         name = type(encoding).__name__
         if encoding.reads_ahead:
             raise ValueError(
-                f"{name} reads tokens that follow; this model is causal and would see its own "
-                "targets. Use the encoding in a model that attends in both directions."
+                f"encoding is {name}, which reads tokens that follow; this model is causal, and "
+                "would see its own targets: it must be in a model that attends in both directions."
             )
         if cache is not None and not encoding.decodes:
             raise NotImplementedError(
                 f"{name} cannot decode with a cache: run the model on all tokens."
             )
-        checks.shape("tokens", tokens, ("batch", "length"))
-        is_known = _known_tokens(tokens, self.vocab_size)
-        has_room = None if cache is None else _room(cache, tokens.shape[1])
+        if cache is not None:
+            check_cache(cache, config, tokens.shape[0])
+        is_known = known_tokens(tokens, self.vocab_size)
+        has_room = None if cache is None else room(cache, tokens.shape[1])
         context, carry = self._context(
             encoding, tokens, positions, segment_ids, deterministic, cache
         )
@@ -167,8 +134,13 @@ class Transformer(nn.Module):
         """Place 1, and what else all layers share."""
         batch, length = tokens.shape
         offset = None if cache is None else cache.length
-        places = sequence_positions(batch, length, 0 if cache is None else offset)
-        if positions is None:
+        own_rows = sequence_positions(1, length, 0 if cache is None else offset)
+        places = jnp.broadcast_to(own_rows, tokens.shape)
+        if segment_ids is not None:
+            segment_ids = rows("segment_ids", segment_ids, batch, length)
+        if positions is not None:
+            positions = rows("positions", positions, batch, length)
+        else:
             positions = places if segment_ids is None else segment_positions(segment_ids)
         indices, carry = encoding.positions(
             tokens,
@@ -177,10 +149,15 @@ class Transformer(nn.Module):
             segment_ids=segment_ids,
             deterministic=deterministic,
         )
-        keys = write_all(None if cache is None else cache.indices, indices, offset)
+        keys = indices
+        if cache is not None:
+            check_carry(cache.carry, carry)
+            keys = write_all("cache.indices", cache.indices, indices, offset)
         shared = encoding.shared(self.config.sizes)
-        rows, places = places[0], None if cache is None else places
-        return Context(indices, keys, rows, places, segment_ids, shared, offset), carry
+        query_positions = None if cache is None else places
+        return Context(
+            indices, keys, own_rows[0], query_positions, segment_ids, shared, offset
+        ), carry
 
     def _blocks(self, flow, encoding, context: Context, cache: Cache | None, deterministic: bool):
         """All blocks, one after another or scanned."""
