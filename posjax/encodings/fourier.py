@@ -118,5 +118,5 @@ class Fourier(PositionEncoding):
         r = fourier_features(x, self.param("frequencies", start, shape, jnp.float32))
         size = width // self.groups
         up = nn.gelu(nn.Dense(self.hidden, dtype=jnp.float32, name="up")(r), approximate=False)
-        out = nn.Dense(size, dtype=jnp.float32, name="down")(up).reshape(embeddings.shape)
+        out = nn.Dense(size, dtype=jnp.float32, name="down")(up).reshape(*indices.shape, width)
         return (embeddings.astype(jnp.float32) + out).astype(embeddings.dtype)

@@ -107,7 +107,7 @@ def test_memory_and_shared_reach_their_part():
     table = jnp.ones((32, 2))
     assert bias_of(RoPE(), T5(), shared=(None, table)).params is table
     combined = Combine((Gain(), RoPE(), Gain(3.0)))
-    assert combined.apply({}, X, SIZES, method="cache") == (2.0, None, 3.0)
+    assert combined.apply({}, X[..., 0], SIZES, method="cache") == (2.0, None, 3.0)
     combined = Combine((T5(), T5(num_buckets=8)))
     shared, variables = combined.init_with_output(jax.random.key(0), SIZES, method="shared")
     assert [table.shape for table in shared] == [(32, 2), (8, 2)]

@@ -50,7 +50,7 @@ SKIPPED = {
     "NonFiniteLossError": "an exception",
 }
 SKIPPED_TRAINING = re.compile(
-    r"posjax\.training\.(?!config|optimizer|mesh)|posjax\.models\.(layers|cache|door)|posjax\.table"
+    r"posjax\.training\.(?!config|optimizer|mesh)|posjax\.models\.(layers|cache|door)|posjax\.encodings\.hooks|posjax\.table"
 )
 
 
