@@ -12,7 +12,7 @@ def flip_flop_paper() -> Config:
     re-implemented by others (arXiv:2306.00946, Appendix B.2): batch 16, AdamW (0.9, 0.999), 3e-4,
     weight decay 0.1, 50 steps of warm-up, then linearly to 0.
 
-    Command: python train.py flip_flop_paper --encoding cope.paper
+    Command: python train.py flip_flop_paper
 
     Result and time: not measured yet.
     """
@@ -20,7 +20,7 @@ def flip_flop_paper() -> Config:
         name="flip_flop_paper",
         task=FlipFlop(length=512, examples=4096),
         model=TransformerConfig(layers=4, heads=4, width=256),
-        encoding=CoPE(),
+        encoding=CoPE.paper(),
         optimizer=OptimizerConfig(
             learning_rate=3e-4, schedule="linear", final_fraction=0.0, warmup_steps=50,
             b2=0.999, weight_decay=0.1,

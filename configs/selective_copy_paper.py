@@ -12,7 +12,7 @@ def selective_copy_paper() -> Config:
     rate, schedule and batch: those here are usual values for a model of this size (4 layers, width
     256, 4 heads, 10,000 steps, as for flip-flop).
 
-    Command: python train.py selective_copy_paper --encoding cope.paper
+    Command: python train.py selective_copy_paper
 
     Result and time: not measured yet.
     """
@@ -20,7 +20,7 @@ def selective_copy_paper() -> Config:
         name="selective_copy_paper",
         task=SelectiveCopy(blanks=256, dense_blanks=128, sparse_blanks=512),
         model=TransformerConfig(layers=4, heads=4, width=256),
-        encoding=CoPE(),
+        encoding=CoPE.paper(),
         optimizer=OptimizerConfig(
             learning_rate=3e-4, schedule="linear", final_fraction=0.0, warmup_steps=100,
             b2=0.999, weight_decay=0.1,

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Bool, Float
 
 __all__ = ["align_entropy", "align_max_probability", "attention_entropy", "max_probability"]
@@ -20,7 +19,7 @@ _BOUND = 7.0
 _STEPS = 40
 
 
-@checked()
+@checks.arguments()
 def max_probability(
     logits: Float[Array, "*L T S"],
     temperature: Float[Array, ""] | float = 1.0,
@@ -38,7 +37,7 @@ def max_probability(
     return _mean(jnp.exp(jnp.max(log_weights, axis=-1)), counts)
 
 
-@checked()
+@checks.arguments()
 def attention_entropy(
     logits: Float[Array, "*L T S"],
     temperature: Float[Array, ""] | float = 1.0,
@@ -59,7 +58,7 @@ def attention_entropy(
     return _mean(-jnp.sum(terms, axis=-1), counts)
 
 
-@checked()
+@checks.arguments()
 def align_max_probability(
     trained: Float[Array, "*L T S"],
     target: Float[Array, "*M U V"],
@@ -93,7 +92,7 @@ def align_max_probability(
     return _align(max_probability, -1.0, trained, target, trained_mask, target_mask)
 
 
-@checked()
+@checks.arguments()
 def align_entropy(
     trained: Float[Array, "*L T S"],
     target: Float[Array, "*M U V"],

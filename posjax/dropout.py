@@ -10,7 +10,7 @@ from posjax import checks
 from posjax.axes import Lettered, block_of
 from posjax.types import Array, Float, Int
 
-__all__ = ["Dropout", "checked_key"]
+__all__ = ["Dropout"]
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class Dropout(Lettered):
         Raises:
             ValueError: no key.
         """
-        key = checked_key(key)
+        key = checks.key("dropout_rng", key, "a random key, since weights are dropped")
         batch, heads, queries, keys = shape
         numbers = (1, 1, queries, keys) if broadcast else (batch, heads, queries, keys)
         counted = (jnp.arange(number, dtype=jnp.int32) for number in numbers)
@@ -90,13 +90,3 @@ def _folded(keys: Array, numbers: Int[Array, "n"]) -> Array:
 def _each(function: Any, keys: Array) -> Array:
     """The function of each key."""
     return jax.vmap(function)(keys.reshape(-1)).reshape(keys.shape)
-
-
-def checked_key(key: Any) -> Array:
-    """A typed key of a typed or a raw one."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        checks.shape("dropout_rng", key, ())
-        return key
-    raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,)
-    checks.require("dropout_rng", key, raw, "a random key, since weights are dropped")
-    return jax.random.wrap_key_data(key)

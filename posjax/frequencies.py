@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Num
 
 __all__ = [
@@ -39,7 +38,7 @@ __all__ = [
 Frequencies = np.ndarray | Array
 
 
-@checked(channels=checks.size(0), base=checks.above(0))
+@checks.arguments(channels=checks.size(0), base=checks.above(0))
 def rope_frequencies(channels: int, base: float) -> np.ndarray:
     """RoPE's frequencies base^(-2m / channels), [channels / 2], in float64.
 
@@ -56,7 +55,7 @@ class Scaling(abc.ABC):
 
     reads_length: ClassVar[bool] = False
 
-    @checked(channels=checks.size(0), base=checks.above(0))
+    @checks.arguments(channels=checks.size(0), base=checks.above(0))
     def __call__(
         self, channels: int, base: float, length: Num[Array, "B"]
     ) -> tuple[Frequencies, float]:
@@ -177,7 +176,8 @@ class YaRN(Scaling):
     Args:
         factor: new length over trained length; at least 1.
         original_length: trained length; at least 1.
-        beta_fast: pairs with this many turns or more stay as they are; above beta_slow.
+        beta_fast: pairs with this many turns or more stay as they are; at least beta_slow. If they
+            are equal, the ramp is a step (Kimi-K2).
         beta_slow: pairs with this many turns or fewer are interpolated; above 0.
         truncate: whether the edges of the second ramp are whole numbers.
         attention_factor: multiplies query and key; above 0. None: 0.1 ln factor + 1.
@@ -207,15 +207,20 @@ class YaRN(Scaling):
             beta_slow=checks.above(0),
             attention_factor=checks.above(0),
         )
-        wanted = f"above beta_slow = {self.beta_slow}"
-        checks.require("YaRN beta_fast", self.beta_fast, self.beta_fast > self.beta_slow, wanted)
+        wanted = f"at least beta_slow = {self.beta_slow}"
+        checks.require("YaRN beta_fast", self.beta_fast, self.beta_fast >= self.beta_slow, wanted)
 
     def _scaled(self, channels, base, length):
         own = rope_frequencies(channels, base)
         kept = self._by_dimension(channels, base) if self.ramp == "dimension" else None
         if kept is None:
-            turns = self.original_length * own / (2 * math.pi)
-            kept = np.clip((turns - self.beta_slow) / (self.beta_fast - self.beta_slow), 0, 1)
+            turns, width = (
+                self.original_length * own / (2 * math.pi),
+                self.beta_fast - self.beta_slow,
+            )
+            is_step = width == 0
+            ramp = turns >= self.beta_slow if is_step else (turns - self.beta_slow) / width
+            kept = np.clip(ramp, 0, 1)
         factor = self.attention_factor
         factor = 0.1 * math.log(self.factor) + 1 if factor is None else factor
         return own * (kept + (1 - kept) / self.factor), factor
@@ -286,7 +291,8 @@ class LongRoPE(Scaling):
         factor = self.attention_factor
         if factor is None:
             factor = math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
-        return jnp.where(is_long, long[None, :], short[None, :]), factor
+        frequencies = jnp.where(is_long, long[None, :], short[None, :])
+        return jnp.where(jnp.isnan(length)[:, None], jnp.nan, frequencies), factor
 
     def _factors(self, field: str, pairs: int, default: float) -> np.ndarray:
         factors = getattr(self, field)
@@ -309,7 +315,8 @@ class Llama3(Scaling):
         factor: new length over trained length; at least 1.
         original_length: trained length; at least 1.
         low: pairs with this many turns or fewer are interpolated; above 0.
-        high: pairs with this many turns or more stay as they are; above `low`.
+        high: pairs with this many turns or more stay as they are; at least `low`. If they are
+            equal, the ramp is a step (Llama 4 Scout).
 
     References:
         Meta's code for Llama 3.1; the model is in Grattafiori et al., The Llama 3 Herd of Models,
@@ -331,7 +338,8 @@ class Llama3(Scaling):
             original_length=checks.at_least(1),
             low=checks.above(0),
         )
-        checks.require("Llama3 high", self.high, self.high > self.low, f"above low = {self.low}")
+        wanted = f"at least low = {self.low}"
+        checks.require("Llama3 high", self.high, self.high >= self.low, wanted)
 
     def _scaled(self, channels, base, length):
         ramp = YaRN(

@@ -5,13 +5,12 @@ import math
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Num
 
 __all__ = ["grid_positions"]
 
 
-@checked(shape=checks.at_least(1))
+@checks.arguments(shape=checks.at_least(1))
 def grid_positions(positions: Num[Array, "B T"], shape: tuple[int, ...]) -> Num[Array, "B T M"]:
     """Coordinates of places in a grid that is read row by row (the last axis runs fastest).
 

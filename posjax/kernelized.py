@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Float, Num
 
 __all__ = ["KernelizedAttention", "kernelized_attention", "positive_features", "random_projection"]
@@ -16,7 +15,7 @@ __all__ = ["KernelizedAttention", "kernelized_attention", "positive_features", "
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@checked(features=checks.size(), size=checks.size())
+@checks.arguments(features=checks.size(), size=checks.size())
 def random_projection(
     key: Array, features: int, size: int, *, orthogonal: bool = True
 ) -> Float[Array, "M H"]:
@@ -47,7 +46,7 @@ def random_projection(
     return rows * length
 
 
-@checked()
+@checks.arguments()
 def positive_features(
     x: Float[Array, "*shape H"], projection: Float[Array, "M H"]
 ) -> Float[Array, "*shape M"]:

@@ -13,6 +13,7 @@ row of panels for each encoding:
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,6 @@ from matplotlib.figure import Figure
 
 from posjax import checks
 from posjax.biases.contextual import ContextualBias
-from posjax.checked import checked
 from posjax.encodings import registry
 from posjax.encodings.base import PositionEncoding, Side, Sizes
 from posjax.encodings.stream import stream_of
@@ -91,7 +91,7 @@ class _Probe(nn.Module):
         return logits[0], jnp.einsum("btd,bsd->bts", added, added), counts
 
 
-@checked(length=checks.at_least(1), heads=checks.at_least(1))
+@checks.arguments(length=checks.size(reasonable=2**13), heads=checks.size(reasonable=2**10))
 def picture(
     name: str, length: int = 64, heads: int = 4, text: str = _TEXT, seed: int = 0
 ) -> Picture:
@@ -127,9 +127,12 @@ def picture(
     )
 
 
-@checked()
+@checks.arguments()
 def draw(pictures: list[Picture], text: str = _TEXT) -> Figure:
     """A figure with one row of panels for each picture."""
+    holds = isinstance(pictures, Sequence) and all(isinstance(p, Picture) for p in pictures)
+    wanted = "a list of one or more of what `picture` returns"
+    checks.require("pictures", pictures, holds and len(pictures) > 0, wanted)
     columns = 2 + any(p.counts is not None for p in pictures)
     figure = Figure(figsize=(4 * columns, 3 * len(pictures)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Bool, Float, Int, Num
 
 __all__ = [
@@ -37,7 +36,7 @@ def _length(low: int) -> checks.Limits:
     return checks.size(low, reasonable=checks.LONGEST)
 
 
-@checked()
+@checks.arguments(length=checks.at_least(0))
 def check_length(length: int, table: int, name: str) -> None:
     """Raises `LengthError` when `length` positions do not fit into a table of `table` rows."""
     if length > table:
@@ -47,7 +46,7 @@ def check_length(length: int, table: int, name: str) -> None:
         )
 
 
-@checked(batch=checks.size(0), length=_length(0))
+@checks.arguments(batch=checks.size(0), length=_length(0))
 def sequence_positions(
     batch: int, length: int, offset: Int[Array, ""] | int = 0
 ) -> Int[Array, "B T"]:
@@ -60,7 +59,7 @@ def sequence_positions(
     return jnp.broadcast_to(positions, (batch, length))
 
 
-@checked()
+@checks.arguments()
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions that start again at 0 in every packed segment.
 
@@ -75,7 +74,7 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-@checked()
+@checks.arguments()
 def digit_run_positions(
     is_digit: Bool[Array, "B T"], run: Int[Array, "B"] | None = None
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
@@ -133,7 +132,7 @@ def _run_lengths(positions: Int[Array, "B T"], runs: _Runs) -> Int[Array, "B T"]
     return jnp.take_along_axis(positions, runs.last, axis=1) + 1
 
 
-@checked(length=checks.at_least(0), max_length=_length(1))
+@checks.arguments(length=checks.at_least(0), max_length=_length(1))
 def sorted_subset(key: Array, length: int, max_length: int) -> Int[Array, "length"]:
     """Different whole numbers of 0 ... max_length - 1, sorted; every set is equally likely.
 
@@ -149,7 +148,7 @@ def sorted_subset(key: Array, length: int, max_length: int) -> Int[Array, "lengt
     return jnp.sort(jax.random.permutation(key, max_length)[:length])
 
 
-@checked(max_length=_length(1))
+@checks.arguments(max_length=_length(1))
 def random_subset_positions(
     key: Array, positions: Int[Array, "B T"], max_length: int
 ) -> Int[Array, "B T"]:
@@ -173,7 +172,7 @@ def random_subset_positions(
     return jax.lax.sort((_runs(positions).first, drawn), dimension=1, num_keys=2)[1]
 
 
-@checked(max_length=checks.at_least(1), length=checks.at_least(1))
+@checks.arguments(max_length=checks.at_least(1), length=checks.at_least(1))
 def spread_positions(
     positions: Int[Array, "B T"], max_length: int, length: int | None = None
 ) -> Int[Array, "B T"]:
@@ -191,7 +190,7 @@ def spread_positions(
     return positions * (max_length // size) + jnp.minimum(positions, max_length % size)
 
 
-@checked(target_length=checks.at_least(1))
+@checks.arguments(target_length=checks.at_least(1))
 def skip_positions(
     key: Array, positions: Int[Array, "B T"], target_length: int, *, shift_first: bool = False
 ) -> Int[Array, "B T"]:
@@ -234,7 +233,7 @@ def _below(uniform: Float[Array, "B T"], size: Int[Array, "B T"]) -> Int[Array, 
     return jnp.minimum(number, size - 1)
 
 
-@checked(trained_length=checks.above(0), target_length=checks.above(0))
+@checks.arguments(trained_length=checks.above(0), target_length=checks.above(0))
 def interpolated_positions(
     positions: Num[Array, "B T"], trained_length: int, target_length: int
 ) -> Float[Array, "B T"]:
@@ -253,7 +252,7 @@ class TextSegments(NamedTuple):
     segment: Int[Array, "B T"]
 
 
-@checked()
+@checks.arguments()
 def text_segments(
     is_separator: Bool[Array, "B T"],
     positions: Num[Array, "B T"],

@@ -10,7 +10,7 @@ import numpy as np
 from posjax import checks, forms
 from posjax.axes import Lettered
 from posjax.biases.base import Bias, as_bias, check_fields
-from posjax.dropout import Dropout, checked_key
+from posjax.dropout import Dropout
 from posjax.forms import Shape
 from posjax.masks import Mask, Tokens
 from posjax.precision import wide
@@ -298,7 +298,7 @@ def _dropout(
     checks.flag("deterministic", deterministic)
     checks.flag("broadcast_dropout", broadcast)
     if rng is not None:
-        rng = checked_key(rng)
+        rng = checks.key("dropout_rng", rng)
     if deterministic or rate == 0:
         return None
     of = (shape.sequences, shape.heads, shape.queries, shape.keys)

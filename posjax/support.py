@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -139,7 +140,7 @@ CALLS = {
     "`sinks`": Call(lambda: {"sinks": jnp.ones(_HEADS)}),
     "`return_residual`": Call(lambda: {"return_residual": True}),
     "dropout": Call(lambda: {"dropout_rng": jax.random.key(0), "dropout_rate": 0.5}),
-    "weights for a `module`": Call(lambda: {"module": object()}),
+    "weights for a `module`": Call(lambda: {"module": nn.Module()}),
     "`bias`, an array of any form that broadcasts": Call(
         lambda: {"bias": jnp.zeros((_HEADS, 1, _LENGTH))}
     ),

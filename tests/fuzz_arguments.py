@@ -35,8 +35,14 @@ import numpy as np
 import posjax
 from posjax.biases.base import Bias
 from tests.fuzzing.reviewed import REVIEWED
-from tests.fuzzing.samples import SAMPLES, array_for, sample
-from tests.fuzzing.targets import parameters_of, public_callables, why_skipped, without_none
+from tests.fuzzing.samples import array_for, right_arguments
+from tests.fuzzing.targets import (
+    parameters_of,
+    public_callables,
+    short_name,
+    why_skipped,
+    without_none,
+)
 from tests.fuzzing.values import bad_values
 
 SECONDS = 15
@@ -87,7 +93,7 @@ def cases(only: str | None = None) -> tuple[list[Case], dict[str, str]]:
     """All cases, and the callables without any, with the reason."""
     found, left_out = [], {}
     for path, call in public_callables().items():
-        if only is not None and not path.startswith(only) and only != path.rpartition(".")[2]:
+        if only is not None and not path.startswith(only) and only != short_name(path):
             continue
         reason = why_skipped(path, call)
         if reason is None:
@@ -101,14 +107,9 @@ def cases(only: str | None = None) -> tuple[list[Case], dict[str, str]]:
 
 
 def _cases_of(path: str, call: Callable) -> list[Case]:
-    name = path.rpartition(".")[2]
+    name = short_name(path)
     parameters = parameters_of(call)
-    named = SAMPLES.get(name, {})
-    required = {
-        argument: sample(name, argument, annotation)
-        for argument, (annotation, default) in parameters.items()
-        if default is inspect.Parameter.empty or argument in named
-    }
+    required = right_arguments(call, name)
     with _quiet(6 * SECONDS):
         _use(call, required)
     found = []

@@ -82,6 +82,18 @@ def test_yarn_with_other_settings_equals_hugging_face():
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_with_a_step_equals_hugging_face(truncate):
+    settings = {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": truncate}
+    found = YaRN(64.0, 4096, **settings)(64, 5e4, LENGTHS)
+    other = {"original_max_position_embeddings": 4096, **settings}
+    assert_same(found, hugging_face("yarn", None, 64, 5e4, factor=64.0, **other))
+    kept = YaRN(64.0, 4096, 1.0, 1.0, ramp="rotations")(64, 5e4, LENGTHS)[0]
+    own = rope_frequencies(64, 5e4)
+    np.testing.assert_allclose(kept, np.where(own * 4096 >= 2 * np.pi, own, own / 64))
+
+
 def test_yarn_as_the_paper_writes_it():
     factor, original, slow, fast = 16.0, 4096, 1.0, 32.0
     found, attention = YaRN(factor, original, ramp="rotations")(128, BASE, LENGTHS)
@@ -114,7 +126,9 @@ def test_longrope_without_lists_is_linear_for_long_rows():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("factor", "low", "high"), [(8.0, 1.0, 4.0), (32.0, 2.0, 3.0)])
+@pytest.mark.parametrize(
+    ("factor", "low", "high"), [(8.0, 1.0, 4.0), (32.0, 2.0, 3.0), (16.0, 1.0, 1.0)]
+)
 def test_llama3_equals_hugging_face(factor, low, high):
     settings = {"low_freq_factor": low, "high_freq_factor": high, "factor": factor}
     settings["original_max_position_embeddings"] = 8192

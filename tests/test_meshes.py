@@ -196,8 +196,14 @@ def test_counts_of_gates_everywhere(name):
     check(name, "contextual, own gates", "xla", jit=True)
 
 
-@pytest.mark.parametrize("name", ["auto, two axes", "auto, an axis of one", "explicit, two axes"])
-@pytest.mark.parametrize("implementation", ["xla", "reference", None])
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        *(("xla", n) for n in ("auto, two axes", "auto, an axis of one", "explicit, two axes")),
+        ("reference", "explicit, two axes"),
+        (None, "auto, two axes"),
+    ],
+)
 def test_eagerly_under_a_mesh(implementation, name):
     check(name, "none" if implementation is None else "contextual", implementation, jit=False)
 
@@ -207,8 +213,14 @@ def test_without_a_bias_by_default_everywhere(name):
     check(name, "none", None, jit=True)
 
 
-@pytest.mark.parametrize("name", ["auto, two axes", "explicit, two axes", "shard_map", "pmap"])
-@pytest.mark.parametrize("description", ["contextual, own gates", "relative"])
+# Auto axes: tests/kernels/test_tpu.py.
+@pytest.mark.parametrize(
+    ("description", "name"),
+    [
+        ("relative", "explicit, two axes"),
+        *(("contextual, own gates", name) for name in ("explicit, two axes", "shard_map", "pmap")),
+    ],
+)
 def test_the_tpu_kernels(description, name):
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         check(name, description, "tpu", jit=True)

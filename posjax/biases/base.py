@@ -27,7 +27,6 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.axes import HEADS, Lettered, added_at, block_of, padded
-from posjax.checked import check_annotated
 from posjax.forms import array_of
 from posjax.precision import wide
 from posjax.types import Array, Bool, Float, Int, Num, PyTree
@@ -173,7 +172,7 @@ def check_fields(bias: Any) -> None:
             holds = holds and all(isinstance(part, Bias) for part in value)
             checks.require(name, value, holds, "a tuple of one or more descriptions")
         else:
-            check_annotated(name, value, field.type)
+            checks.annotated(name, value, field.type)
     for part in parts_of(bias):
         check_fields(part)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile, check_positions
-from posjax.checked import checked
 from posjax.precision import wide
 from posjax.types import Array, Float, Num
 
@@ -16,7 +15,7 @@ __all__ = ["ProductBias", "SinusoidBias", "sinusoid_frequencies"]
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-@checked(width=checks.size(2, multiple_of=2), base=checks.above(1))
+@checks.arguments(width=checks.size(2, multiple_of=2), base=checks.above(1))
 def sinusoid_frequencies(width: int, base: float) -> Float[Array, "m"]:
     """base^(-2m / width) for m = 0 ... width / 2 - 1.
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.base import Bias, Tile, check_positions
-from posjax.checked import checked
 from posjax.precision import wide
 from posjax.types import Array, Float, Num
 from posjax.varying import varying_axes, varying_over
@@ -22,7 +21,7 @@ __all__ = ["ClippedTableBias", "MultiplierBias", "look_up"]
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-@checked(clip=checks.at_least(0))
+@checks.arguments(clip=checks.at_least(0))
 def look_up(
     rows: Float[Array, "#B #N #t P"], relative: Num[Array, "#B t s"], clip: tuple[int, int]
 ) -> Float[Array, "B N t s"]:
@@ -123,6 +122,8 @@ class ClippedTableBias(_ByDistance):
     Args:
         clip: left and right, the greatest distances that have a row of their own.
         scaled: whether the attention's scale multiplies the bias; else 1 stands in its place.
+        causal_only: whether attention must be causal, because there are no rows for keys after the
+            query.
         key: the keys [B, S, K, H]; needed with `key_table`.
         query_positions: positions to use instead of those of the attention call; no gradient.
         key_positions: likewise.
@@ -136,6 +137,7 @@ class ClippedTableBias(_ByDistance):
     key_positions: Num[Array, "#B S"] | None = None
     clip: tuple[int, int] = dataclasses.field(default=(16, 16), metadata={"static": True})
     scaled: bool = dataclasses.field(default=True, metadata={"static": True})
+    causal_only: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def has_values(self) -> bool:
@@ -171,7 +173,11 @@ class ClippedTableBias(_ByDistance):
         return jnp.einsum(letters, total, table, precision=_EXACT)
 
     def check(self, query, key, is_causal):
-        """Shapes of the tables, and the keys where they are needed."""
+        """Shapes of the tables, the keys where they are needed, and the direction."""
+        if self.causal_only and not is_causal:
+            raise ValueError(
+                "the tables have rows for keys before the query, which needs is_causal=True."
+            )
         checks.integers("clip", self.clip, count=2, low=0)
         check_positions(self, query, key)
         self._check_tables(query, "query_table", "key_table", "value_table")

@@ -32,6 +32,7 @@ from posjax.encodings.pose import PoSE as PoSE
 from posjax.encodings.randomized import Randomized as Randomized
 from posjax.encodings.registry import create as create
 from posjax.encodings.registry import names as names
+from posjax.encodings.relative import Relative as Relative
 from posjax.encodings.rope import RoPE as RoPE
 from posjax.encodings.rotary import Rotary as Rotary
 from posjax.encodings.sandwich import Sandwich as Sandwich

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.learned import lookup
 from posjax.positions import digit_run_positions
@@ -16,7 +15,7 @@ from posjax.types import Array, Bool, Int
 __all__ = ["Abacus", "is_one_of"]
 
 
-@checked()
+@checks.arguments()
 def is_one_of(tokens: Int[Array, "B T"], ids: tuple[int, ...]) -> Bool[Array, "B T"]:
     """Which tokens are among the ids.
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.learned import lookup
 from posjax.positions import LengthError
@@ -19,7 +18,7 @@ __all__ = ["AbsoluteWindow", "resize_weights", "window_table"]
 _CUBIC = -0.75  # the free coefficient of cubic convolution; PyTorch's, jax.image has -0.5
 
 
-@checked(old=checks.size(), new=checks.size())
+@checks.arguments(old=checks.size(), new=checks.size())
 def resize_weights(
     old: int, new: int, method: Literal["linear", "cubic"] = "cubic"
 ) -> Float[np.ndarray, "new old"]:
@@ -49,7 +48,7 @@ def resize_weights(
     return weights
 
 
-@checked(shape=checks.size())
+@checks.arguments(shape=checks.size())
 def window_table(
     coarse: Float[Array, "*coarse D"], window: Float[Array, "*window D"], shape: tuple[int, ...]
 ) -> Float[Array, "places D"]:

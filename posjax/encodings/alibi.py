@@ -6,14 +6,13 @@ from typing import Self
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
 __all__ = ["ALiBi", "LinearDistance", "alibi_slopes"]
 
 
-@checked(heads=checks.size())
+@checks.arguments(heads=checks.size())
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """The slope of each head.
 
@@ -96,7 +95,10 @@ class ALiBi(DistanceBias):
 
     @classmethod
     def asymmetric(cls) -> Self:
-        """Keys before the query are half a step nearer, so that an encoder sees the direction."""
+        """Keys before the query are half a step nearer, so an encoder sees directions.
+
+        The form of the code of Ruoss et al., arXiv:2305.16843.
+        """
         return cls(left_bonus=0.5)
 
     def function(self, heads):

@@ -5,7 +5,6 @@ from typing import Self
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.rotary import Layout, Rotary, Turn, turn
 from posjax.frequencies import rope_frequencies
 from posjax.grids import grid_positions
@@ -14,7 +13,7 @@ from posjax.types import Array, Num
 __all__ = ["AxialRoPE", "axial_rotate", "axial_turn"]
 
 
-@checked(base=checks.above(1))
+@checks.arguments(base=checks.above(1))
 def axial_rotate(
     x: Num[Array, "B T N H"],
     positions: Num[Array, "#B T M"],
@@ -41,7 +40,7 @@ def axial_rotate(
     return turn(x, *axial_turn(positions, x.shape[-1], base), layout=layout)
 
 
-@checked(head_size=checks.size(), base=checks.above(1))
+@checks.arguments(head_size=checks.size(), base=checks.above(1))
 def axial_turn(positions: Num[Array, "#B T M"], head_size: int, base: float = 10_000.0) -> Turn:
     """The turn of `axial_rotate`.
 

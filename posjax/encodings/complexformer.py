@@ -4,7 +4,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.rotary import Layout, Rotary, Turn, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Num
@@ -12,7 +11,7 @@ from posjax.types import Array, Float, Num
 __all__ = ["ComplexFormer", "phases"]
 
 
-@checked()
+@checks.arguments()
 def phases(x: Num[Array, "B T N H"], layout: Layout = "half") -> Float[Array, "B T N m"]:
     """The angle of each pair (a, b) of channels, atan2(b, a) in (-pi, pi]; 0 if a = b = 0.
 

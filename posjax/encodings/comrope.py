@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.rotary import turn
 from posjax.frequencies import rope_frequencies
@@ -18,9 +17,9 @@ from posjax.types import Array, Float, Num
 __all__ = ["ComRoPE", "rotate_blocks"]
 
 
-@checked()
+@checks.arguments()
 def rotate_blocks(
-    x: Num[Array, "B T N H"], amounts: Float[Array, "#B T m"], angles: Float[Array, "#N m b b"]
+    x: Num[Array, "B T N H"], amounts: Float[Array, "#B T m"], angles: Float[Array, "K m b b"]
 ) -> Num[Array, "B T N H"]:
     """Multiplies each block of b neighbouring channels by exp(amount (P - P^T)).
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.abacus import is_one_of
 from posjax.encodings.rope import rope_turn
 from posjax.encodings.rotary import Layout, Rotary
@@ -26,7 +25,7 @@ class Switches(NamedTuple):
     position: Num[Array, "B"]
 
 
-@checked()
+@checks.arguments()
 def languages(
     tokens: Int[Array, "B T"], second: tuple[int, ...], neutral: tuple[int, ...]
 ) -> Int[Array, "B T"]:
@@ -39,7 +38,7 @@ def languages(
     return jnp.where(is_one_of(tokens, neutral), _UNKNOWN, found) if neutral else found
 
 
-@checked()
+@checks.arguments()
 def switching_positions(
     language: Int[Array, "B T"],
     positions: Num[Array, "B T"],

@@ -40,8 +40,8 @@ class CoPE(TrainedBias):
         table_deviation: standard deviation of the table at the start. At 0 (the paper's code) gates
             get no gradient from positions until the table has moved, which may take long.
         share_layers: one table for all layers (--cope-shared).
-        every: only the layers 0, every, 2 every, ... use it (--cope-layers; the official code needs
-            relative positions in all layers beside it: `cope+shaw.keys`).
+        every: only the layers every - 1, 2 every - 1, ... use it (--cope-layers; from 0). The
+            official code needs relative positions in all layers beside it: `cope+relative`.
         scaled: whether the position term is multiplied by H^-0.5 too. It is not in the paper's
             Appendix B; it is by default in the official repository (--cope-nodiv turns it off).
 
@@ -103,7 +103,7 @@ class CoPE(TrainedBias):
 
     def layer(self, index, layers):
         """No encoding in the layers that `every` leaves out."""
-        if index % self.every:
+        if (index + 1) % self.every:
             return PositionEncoding(parent=None)
         return super().layer(index, layers)
 

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 
 from posjax import checks
 from posjax.biases.running import ForgettingBias
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding, Sizes
 from posjax.types import Array, Float
 
 __all__ = ["Forgetting", "bias_for_decay_times"]
 
 
-@checked(heads=checks.size(), shortest=checks.above(0), longest=checks.above(0))
+@checks.arguments(heads=checks.size(), shortest=checks.above(0), longest=checks.above(0))
 def bias_for_decay_times(heads: int, shortest: float, longest: float) -> Float[Array, "N"]:
     """Gate biases b with which a key fades to 1 / e after `shortest` ... `longest` tokens.
 

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.grids import grid_positions
 from posjax.types import Array, Float, Num
@@ -14,7 +13,7 @@ from posjax.types import Array, Float, Num
 __all__ = ["Fourier", "fourier_features"]
 
 
-@checked()
+@checks.arguments()
 def fourier_features(
     x: Num[Array, "*places M"], frequencies: Float[Array, "half M"]
 ) -> Float[Array, "*places F"]:

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.kerple import keep_within
 from posjax.types import Array, Float, Num
@@ -15,7 +14,7 @@ from posjax.types import Array, Float, Num
 __all__ = ["HeadScale", "scale_heads"]
 
 
-@checked()
+@checks.arguments()
 def scale_heads(query: Num[Array, "B T N H"], scale: Float[Array, "#N"]) -> Num[Array, "B T N H"]:
     """Each head of the query times its scale; in float32, with query's dtype.
 

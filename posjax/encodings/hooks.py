@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import kind_of
+from posjax.checks.calls import kind_of
 from posjax.types import Array, Num, PyTree
 
 __all__ = ["Side", "Sizes", "guard_base", "guard_overrides"]

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import check_annotated
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Num
 
@@ -33,7 +32,7 @@ def keep_within(x: Float[Array, "*shape"], low: float, high: float) -> Float[Arr
     >>> jax.grad(lambda x: -keep_within(x, 0.0, 1.0))(jnp.float32(-1.0)).item()
     -1.0
     """
-    check_annotated("x", x, Float[Array, "*shape"])
+    checks.annotated("x", x, Float[Array, "*shape"])
     for name, limit in (("low", low), ("high", high)):
         is_number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
         checks.require(name, limit, is_number and not math.isnan(limit), "a number, or infinite")

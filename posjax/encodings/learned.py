@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.positions import LengthError, check_length
 from posjax.types import Array, Float, Num
@@ -16,7 +15,7 @@ from posjax.types import Array, Float, Num
 __all__ = ["Learned", "lookup", "shrink"]
 
 
-@checked()
+@checks.arguments()
 def lookup(table: Float[Array, "P D"], positions: Num[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of a table of positions, never silently a wrong one.
 
@@ -51,7 +50,7 @@ def lookup(table: Float[Array, "P D"], positions: Num[Array, "B T"]) -> Float[Ar
     return (1 - fraction) * _rows(table, index) + fraction * _rows(table, above)
 
 
-@checked(length=checks.at_least(1), rows=checks.at_least(1))
+@checks.arguments(length=checks.at_least(1), rows=checks.at_least(1))
 def shrink(positions: Num[Array, "B T"], length: int, rows: int) -> Float[Array, "B T"]:
     """Places of positions 0 ... length - 1 in a table of fewer rows, its ends on their ends.
 

@@ -6,14 +6,13 @@ from typing import Self
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num
 
 __all__ = ["LogLength", "log_factors"]
 
 
-@checked(trained_length=checks.at_least(2), minimum=checks.at_least(0))
+@checks.arguments(trained_length=checks.at_least(2), minimum=checks.at_least(0))
 def log_factors(
     positions: Num[Array, "B T"], trained_length: int, minimum: float = 0.0
 ) -> Float[Array, "B T"]:

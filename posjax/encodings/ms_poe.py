@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks, forms
-from posjax.checked import checked
 from posjax.encodings.rotary import Layout, Rotary, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Int
@@ -14,7 +13,9 @@ from posjax.types import Array, Float, Int
 __all__ = ["MsPoE", "ms_poe_ratios", "position_awareness"]
 
 
-@checked(order=checks.at_least(0), min_ratio=checks.at_least(1), max_ratio=checks.at_least(1))
+@checks.arguments(
+    order=checks.at_least(0), min_ratio=checks.at_least(1), max_ratio=checks.at_least(1)
+)
 def ms_poe_ratios(
     order: tuple[int, ...], min_ratio: float = 1.2, max_ratio: float = 1.8
 ) -> np.ndarray:
@@ -26,7 +27,7 @@ def ms_poe_ratios(
     return min_ratio + (max_ratio - min_ratio) * np.asarray(order) / len(order)
 
 
-@checked(threshold=checks.above(0))
+@checks.arguments(threshold=checks.above(0))
 def position_awareness(weights: Float[Array, "N T S"], threshold: float = 3.0) -> Int[Array, "N"]:
     """The order of heads by position-awareness, 0 for the most aware: an `MsPoE.order`.
 

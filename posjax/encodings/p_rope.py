@@ -5,14 +5,13 @@ from typing import Literal, Self
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.rotary import Layout, Rotary, check_pairs, turn_at
 from posjax.frequencies import rope_frequencies
 
 __all__ = ["PRoPE", "p_rope_frequencies"]
 
 
-@checked(
+@checks.arguments(
     channels=checks.size(0, multiple_of=2),
     base=checks.above(1),
     fraction=checks.between(0, 1),

@@ -6,14 +6,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Int, Num
 
 __all__ = ["PEG", "causal_convolution", "grid_convolution"]
 
 
-@checked()
+@checks.arguments()
 def causal_convolution(
     kept: Float[Array, "B S D"],
     kernel: Float[Array, "taps D"],
@@ -45,7 +44,7 @@ def causal_convolution(
     return total
 
 
-@checked(width=checks.at_least(1))
+@checks.arguments(width=checks.at_least(1))
 def grid_convolution(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "taps taps D"],

@@ -102,8 +102,8 @@ class Randomized(Wrapper):
 
     @classmethod
     def alibi(cls) -> Self:
-        """ALiBi with a draw for each of 5 layers."""
-        return cls(encoding=ALiBi(), draws=5)
+        """ALiBi in the form of the authors' code, with a draw for each of 5 layers."""
+        return cls(encoding=ALiBi.asymmetric(), draws=5)
 
     @classmethod
     def learned(cls) -> Self:

@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 
-from posjax.checked import checked
+from posjax import checks
 from posjax.encodings.base import PositionEncoding
 
 __all__ = ["COMPOSITIONS", "all_names", "classes", "create", "names", "spec_of"]
@@ -21,8 +21,8 @@ __all__ = ["COMPOSITIONS", "all_names", "classes", "create", "names", "spec_of"]
 COMPOSITIONS = {
     "abacus+fire": "2405.17399",
     "abacus+rope": "2405.17399",
+    "cope+relative": "2405.18719",
     "cope+rope": "2405.18719",
-    "cope+shaw.keys": "2405.18719",
 }
 _NO_ENCODING = "nope"
 # Files of this folder that hold bases and families.
@@ -49,7 +49,7 @@ def all_names() -> tuple[str, ...]:
     return (*names(), *COMPOSITIONS)
 
 
-@checked()
+@checks.arguments()
 def create(name: str) -> PositionEncoding | None:
     """The encoding with its defaults; None for "nope".
 
@@ -68,7 +68,7 @@ def create(name: str) -> PositionEncoding | None:
     return classes()["Combine"](tuple(part for part in parts if part is not None))
 
 
-@checked()
+@checks.arguments()
 def spec_of(encoding: PositionEncoding | None) -> str:
     """The name under which `create` knows the class of `encoding`.
 

@@ -5,7 +5,6 @@ from typing import Self
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.rotary import Layout, Rotary, Turn, lengths, turn
 from posjax.frequencies import (
     DynamicNTK,
@@ -22,7 +21,7 @@ from posjax.types import Array, Num
 __all__ = ["RoPE", "rope_turn", "rotate"]
 
 
-@checked(base=checks.above(1), fraction=checks.Limits(above=0, high=1))
+@checks.arguments(base=checks.above(1), fraction=checks.Limits(above=0, high=1))
 def rotate(
     x: Num[Array, "B T N H"],
     positions: Num[Array, "#B T"],
@@ -61,7 +60,7 @@ def rotate(
     return turn(x, *of_x, layout=layout)
 
 
-@checked(
+@checks.arguments(
     head_size=checks.size(),
     base=checks.above(1),
     fraction=checks.Limits(above=0, high=1),

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.types import Array, Float, Num
 
@@ -48,7 +47,7 @@ class Rotary(PositionEncoding):
         )
 
 
-@checked()
+@checks.arguments()
 def turn(
     x: Num[Array, "B T N H"],
     angles: Float[Array, "#B T #N m"],
@@ -81,7 +80,7 @@ def turn(
     return first if 2 * pairs == size else jnp.concatenate((first, x[..., 2 * pairs :]), axis=-1)
 
 
-@checked()
+@checks.arguments()
 def turn_at(
     positions: Num[Array, "#B T"],
     frequencies: Float[np.ndarray, "*#N m"],
@@ -100,7 +99,7 @@ def turn_at(
     return Turn(positions.astype(jnp.float32)[:, :, None, None] * frequencies, scale)
 
 
-@checked()
+@checks.arguments()
 def lengths(positions: Num[Array, "B T"]) -> Num[Array, "B"]:
     """How many positions each row has: its greatest one, plus 1."""
     if positions.shape[1] == 0:
@@ -108,7 +107,7 @@ def lengths(positions: Num[Array, "B T"]) -> Num[Array, "B"]:
     return jnp.max(positions, axis=1) + 1
 
 
-@checked(head_size=checks.at_least(1))
+@checks.arguments(head_size=checks.at_least(1))
 def check_pairs(name: str, head_size: int) -> None:
     """Raises ValueError if the channels of a head do not come in pairs."""
     is_even = head_size % 2 == 0

@@ -4,7 +4,6 @@ from typing import ClassVar
 
 from posjax import checks
 from posjax.biases.grouped import GroupedBias
-from posjax.checked import checked
 from posjax.encodings.rope import rope_turn
 from posjax.encodings.rotary import Layout, Rotary, turn
 from posjax.types import Array, Num
@@ -12,7 +11,7 @@ from posjax.types import Array, Num
 __all__ = ["SelfExtend", "group_shifts"]
 
 
-@checked(group=checks.at_least(1), window=checks.at_least(0))
+@checks.arguments(group=checks.at_least(1), window=checks.at_least(0))
 def group_shifts(
     positions: Num[Array, "B T"], group: int, window: int
 ) -> tuple[Num[Array, "B T"], Num[Array, "B T"]]:

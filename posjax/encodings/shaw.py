@@ -21,8 +21,8 @@ class Shaw(PositionEncoding):
     The pure form is `posjax.ClippedTableBias`. Parameters of each layer, float32: key_table
     and value_table, [2k + 1, H] each, shared by the heads; at the start Glorot-uniform, the default
     of the official code (Tensor2Tensor). `Shaw.keys()` leaves the values out, which the paper found
-    to cost little; it is Hugging Face's "relative_key", and with a large `max_distance` the learned
-    relative logits that CoPE's official code has beside CoPE ("cope+shaw.keys").
+    to cost little; it is Hugging Face's "relative_key". The learned relative positions of CoPE's
+    paper are `Relative`.
 
     All keys further away than k are alike. Fractions of a position are interpolated. Tested
     against Hugging Face's Wav2Vec2-BERT (keys) and against loops over the formula (values).

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import PositionEncoding
 from posjax.types import Array, Float, Num
 
 __all__ = ["Sinusoidal", "sinusoids"]
 
 
-@checked(width=checks.size(2, multiple_of=2), base=checks.above(1))
+@checks.arguments(width=checks.size(2, multiple_of=2), base=checks.above(1))
 def sinusoids(
     positions: Num[Array, "B T"],
     width: int,

@@ -1,6 +1,6 @@
 """Encodings that change the residual stream of layers, or carry a state through them."""
 
-from posjax.checked import checked
+from posjax import checks
 from posjax.encodings.base import PositionEncoding, Sizes
 from posjax.encodings.hooks import guard_base
 from posjax.types import Array, Float, Int, PyTree
@@ -64,7 +64,7 @@ guard_base(
 )
 
 
-@checked()
+@checks.arguments()
 def stream_of(encoding: PositionEncoding) -> StreamEncoding:
     """The encoding itself if it has stream hooks, else one with neutral hooks."""
     return encoding if isinstance(encoding, StreamEncoding) else StreamEncoding(parent=None)

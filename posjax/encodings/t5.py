@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.distance import DistanceBias, OfDistance
 from posjax.types import Array, Float, Int, Num
 
 __all__ = ["T5", "BucketTable", "t5_buckets"]
 
 
-@checked(num_buckets=checks.size(), max_distance=checks.size(reasonable=checks.LONGEST))
+@checks.arguments(num_buckets=checks.size(), max_distance=checks.size(reasonable=checks.LONGEST))
 def t5_buckets(
     relative: Num[Array, "*shape"],
     *,

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.base import Sizes
 from posjax.encodings.stream import StreamEncoding
 from posjax.types import Array, Float, Num
@@ -17,7 +16,7 @@ from posjax.types import Array, Float, Num
 __all__ = ["TAPE", "multiply_pairs", "rotary_state"]
 
 
-@checked(heads=checks.size(), head_size=checks.size(), base=checks.above(1))
+@checks.arguments(heads=checks.size(), head_size=checks.size(), base=checks.above(1))
 def rotary_state(
     positions: Num[Array, "B T"], heads: int, head_size: int, base: float = 10_000.0
 ) -> Float[Array, "B T K 2 pairs"]:
@@ -36,7 +35,7 @@ def rotary_state(
     return jnp.broadcast_to(state, (*positions.shape, heads, *state.shape[3:]))
 
 
-@checked()
+@checks.arguments()
 def multiply_pairs(
     x: Num[Array, "B T N H"], state: Float[Array, "B T K 2 pairs"]
 ) -> Num[Array, "B T N H"]:

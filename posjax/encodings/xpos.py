@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.encodings.rotary import Layout, Rotary, check_pairs, lengths, turn_at
 from posjax.frequencies import rope_frequencies
 from posjax.types import Array, Float, Num
@@ -12,7 +11,7 @@ from posjax.types import Array, Float, Num
 __all__ = ["XPos", "xpos_scales"]
 
 
-@checked(channels=checks.size(0), scale_base=checks.above(0))
+@checks.arguments(channels=checks.size(0), scale_base=checks.above(0))
 def xpos_scales(
     positions: Num[Array, "B T"], channels: int, scale_base: float = 512.0
 ) -> Float[Array, "B T m"]:

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Bool, Float, Num
 
 __all__ = ["Adjacency", "GraphEncoding", "prepare"]
@@ -57,7 +56,7 @@ class GraphEncoding(nn.Module):
         raise NotImplementedError
 
 
-@checked()
+@checks.arguments()
 def prepare(
     adjacency: Adjacency, mask: Bool[Array, "*B n"] | None = None
 ) -> tuple[Float[Array, "*B n n"], Bool[Array, "*B n"]]:

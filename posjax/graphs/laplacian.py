@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.graphs.base import Adjacency, GraphEncoding, prepare
 from posjax.types import Array, Bool, Float
 
 __all__ = ["LapPE", "laplacian_eigenvectors", "normalized_adjacency", "normalized_laplacian"]
 
 
-@checked()
+@checks.arguments()
 def normalized_adjacency(
     adjacency: Adjacency, mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n n"]:
@@ -32,7 +31,7 @@ def normalized_adjacency(
     return root[..., :, None] * weights * root[..., None, :]
 
 
-@checked()
+@checks.arguments()
 def normalized_laplacian(
     adjacency: Adjacency, mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n n"]:
@@ -47,7 +46,7 @@ def normalized_laplacian(
     return _identity(spread) - spread
 
 
-@checked(count=checks.size())
+@checks.arguments(count=checks.size())
 def laplacian_eigenvectors(
     adjacency: Adjacency,
     count: int | None = None,

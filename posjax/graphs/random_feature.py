@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.graphs.laplacian import normalized_adjacency, normalized_laplacian
 from posjax.types import Array, Float
@@ -17,7 +16,7 @@ __all__ = ["RFP", "orthonormal", "propagate"]
 _DEPENDENT = 1e-5  # a column with this part of its length, or less, is a sum of the ones before it
 
 
-@checked()
+@checks.arguments()
 def orthonormal(x: Float[Array, "*B n k"]) -> Float[Array, "*B n k"]:
     """The columns made orthogonal and of length 1, one after another (Gram-Schmidt).
 
@@ -41,7 +40,7 @@ def orthonormal(x: Float[Array, "*B n k"]) -> Float[Array, "*B n k"]:
     return jax.lax.fori_loop(0, x.shape[-1], add, jnp.zeros_like(x))
 
 
-@checked(steps=checks.size())
+@checks.arguments(steps=checks.size())
 def propagate(
     operator: Float[Array, "*B n n"],
     features: Float[Array, "*B n k"],

@@ -5,14 +5,13 @@ import jax
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.graphs.base import Adjacency, GraphEncoding, prepare
 from posjax.types import Array, Bool, Float
 
 __all__ = ["RWSE", "random_walk_returns"]
 
 
-@checked(steps=checks.size())
+@checks.arguments(steps=checks.size())
 def random_walk_returns(
     adjacency: Adjacency, steps: int, mask: Bool[Array, "*B n"] | None = None
 ) -> Float[Array, "*B n steps"]:

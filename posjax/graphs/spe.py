@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.graphs.base import GraphEncoding, prepare
 from posjax.graphs.laplacian import laplacian_eigenvectors
 from posjax.types import Array, Bool, Float
@@ -14,7 +13,7 @@ from posjax.types import Array, Bool, Float
 __all__ = ["SPE", "spectral_filters"]
 
 
-@checked()
+@checks.arguments()
 def spectral_filters(
     vectors: Float[Array, "*B n k"], filtered: Float[Array, "*B k M"]
 ) -> Float[Array, "*B n n M"]:

@@ -1,18 +1,19 @@
 """Attention layer, MLP and block. The attention layer calls places 3 and 4 of the encoding."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from posjax.attention import dot_product_attention
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.stream import stream_of
-from posjax.models.cache import LayerState, Remembered, write_all
 from posjax.models.config import TransformerConfig
 from posjax.types import Array, Float, Int, PyTree
 
-__all__ = ["Attention", "Block", "Context"]
+__all__ = ["Attention", "Block", "Cache", "Context", "LayerState", "Remembered"]
 
 
 class Context(NamedTuple):
@@ -25,6 +26,32 @@ class Context(NamedTuple):
     segment_ids: Int[Array, "B T"] | None
     shared: PyTree  # parameters of the encoding that all layers use
     offset: Int[Array, ""] | None  # tokens in the cache before this call; None without a cache
+
+
+class Remembered(NamedTuple):
+    """The arrays that an attention layer keeps of each token."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    memory: PyTree  # of the encoding
+
+
+class LayerState(NamedTuple):
+    """The arrays that a layer keeps of each token."""
+
+    attention: Remembered
+    stream_inputs: PyTree  # of the encoding
+
+
+class Cache(NamedTuple):
+    """All arrays that the model keeps of the tokens seen so far; room for S tokens."""
+
+    length: Int[Array, ""]  # tokens seen
+    carry: PyTree  # of the encoding's positions
+    indices: PyTree  # of the encoding, for the keys, [B, S, ...]
+    layers: (
+        tuple[LayerState, ...] | LayerState
+    )  # with scan_layers one state with a leading layer axis
 
 
 class Attention(nn.Module):
@@ -49,7 +76,7 @@ class Attention(nn.Module):
             _projection(config, (config.key_heads, size), "value")(inputs),
             encoding.cache(inputs, config.sizes, state),
         )
-        known = write_all("cache.layers.attention", cached, new, context.offset)
+        known = write_all(cached, new, context.offset)
         query = Side(query, context.query_indices, new.memory)
         key = Side(known.key, context.key_indices, known.memory, known.value)
         turned = encoding.rotate(query, key)
@@ -109,12 +136,7 @@ class Block(nn.Module):
         """The residual stream and the encoding's state after the block; the state of the layer."""
         (stream, state), encoding = flow, self.encoding
         of_stream, old = stream_of(encoding), cached or LayerState(None, None)
-        inputs = write_all(
-            "cache.layers.stream_inputs",
-            old.stream_inputs,
-            of_stream.stream_inputs(stream),
-            context.offset,
-        )
+        inputs = write_all(old.stream_inputs, of_stream.stream_inputs(stream), context.offset)
         stream = of_stream.update_stream(stream, inputs, context.query_indices, context.rows)
         attention = Attention(self.config, encoding, name="attention")
         before, after = (norm, _identity) if self.config.norm == "pre" else (_identity, norm)
@@ -135,6 +157,53 @@ def norm(config: TransformerConfig, name: str) -> nn.Module:
     """The configured normalisation; statistics in float32, output in the compute type."""
     kind = nn.LayerNorm if config.norm_kind == "layer" else nn.RMSNorm
     return kind(epsilon=1e-5, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def write_at(old: Array, new: Array, offset: Int[Array, ""]) -> Array:
+    """`old` [B, S, ...] with the tokens of `new` [B, T, ...] written from `offset` on.
+
+    Tokens beyond S are left out.
+    """
+    room, count, new = old.shape[1], new.shape[1], new.astype(old.dtype)
+    if count == 1:
+        # Where there is no room, the last token is written again.
+        start = jnp.minimum(offset, room - 1)
+        before = jax.lax.dynamic_slice_in_dim(old, start, 1, axis=1)
+        new = jnp.where(offset < room, new, before)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+    places = offset + jnp.arange(count, dtype=jnp.int32)
+    return old.at[:, places].set(new, mode="drop", unique_indices=True)
+
+
+def write_all(old: PyTree, new: PyTree, offset: Int[Array, ""] | None) -> PyTree:
+    """`write_at` for every array; `new` itself if there is no cache.
+
+    Raises:
+        ValueError: the cache holds other arrays.
+    """
+    if offset is None:
+        return new
+    drop_length = lambda shape: (shape[0], *shape[2:])  # noqa: E731
+    check_held("cache", old, new, drop_length)
+    return jax.tree.map(lambda o, n: write_at(o, n, offset), old, new)
+
+
+def check_held(name: str, old: PyTree, new: PyTree, axes: Callable = tuple) -> None:
+    """Checks that a cache holds arrays such as the model makes.
+
+    Args:
+        axes: which axes of a shape are the same.
+    """
+
+    def form(x: Array) -> str:
+        # Positions may be of any integer type.
+        kind = "int" if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
+        return f"{kind}{list(axes(x.shape))}"
+
+    held, wanted = (jax.tree.map(form, tree) for tree in (old, new))
+    if held != wanted:
+        each = "" if axes is tuple else " of each token"
+        raise ValueError(f"{name} is {held}; it must be one that holds {wanted}{each}.")
 
 
 def _identity(config: TransformerConfig, name: str):

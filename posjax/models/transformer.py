@@ -6,14 +6,13 @@ import jax.numpy as jnp
 from posjax import checks
 from posjax.encodings.base import PositionEncoding
 from posjax.encodings.stream import stream_of
-from posjax.models.cache import Cache, check_cache, check_carry, room, write_all
 from posjax.models.config import TransformerConfig
-from posjax.models.door import known_tokens, rows
-from posjax.models.layers import Block, Context, norm
+from posjax.models.inputs import check_cache, known_tokens, room, row_of_each
+from posjax.models.layers import Block, Cache, Context, check_held, norm, write_all
 from posjax.positions import segment_positions, sequence_positions
 from posjax.types import Array, Float, Int, PyTree
 
-__all__ = ["Transformer"]
+__all__ = ["Cache", "Transformer"]
 
 
 class Transformer(nn.Module):
@@ -62,9 +61,9 @@ class Transformer(nn.Module):
         """Logits for the next token at every place, in float32.
 
         Args:
-            positions: passed to the encoding; by default 0, 1, ..., starting again in every packed
-                segment. [T] and [1, T] are the same in all rows.
-            segment_ids: tokens see only tokens of the same segment; [T] and [1, T] as above.
+            positions: passed to the encoding, [T], [1, T] or [B, T]; by default 0, 1, ..., starting
+                again in every packed segment.
+            segment_ids: tokens see only tokens of the same segment; likewise.
             deterministic: False in training: dropout (rng stream "dropout") and random positions
                 ("encoding").
             cache: the tokens before these; the result is then (logits, cache). Logits of tokens
@@ -72,16 +71,12 @@ class Transformer(nn.Module):
             keep: return (logits, cache) also without a cache to start from.
 
         Raises:
-            ValueError: arguments of other types or shapes; a cache of another model or batch;
-                segment_ids together with a cache; an encoding that reads following tokens;
-                tokens outside the vocabulary, or more than the cache has room for, where their
-                values are known (otherwise their logits are NaN).
+            ValueError: segment_ids together with a cache; a cache of another model; an encoding
+                that reads following tokens; tokens outside the vocabulary, or more than the cache
+                has room for, where their values are known (otherwise their logits are NaN).
             NotImplementedError: a cache with an encoding that cannot decode.
             posjax.positions.LengthError: more tokens than a table of the encoding has rows.
         """
-        checks.shape("tokens", tokens, ("batch", "length"))
-        checks.flag("deterministic", deterministic)
-        checks.flag("keep", keep)
         if cache is not None and segment_ids is not None:
             raise ValueError(
                 "segment_ids and cache cannot be used together: a cache holds one sequence a row."
@@ -92,17 +87,22 @@ class Transformer(nn.Module):
         name = type(encoding).__name__
         if encoding.reads_ahead:
             raise ValueError(
-                f"encoding is {name}, which reads tokens that follow; this model is causal, and "
-                "would see its own targets: it must be in a model that attends in both directions."
+                f"{name} reads tokens that follow; this model is causal and would see its own "
+                "targets. Use the encoding in a model that attends in both directions."
             )
         if cache is not None and not encoding.decodes:
             raise NotImplementedError(
                 f"{name} cannot decode with a cache: run the model on all tokens."
             )
-        if cache is not None:
-            check_cache(cache, config, tokens.shape[0])
+        checks.flag("deterministic", deterministic)
+        checks.flag("keep", keep)
         is_known = known_tokens(tokens, self.vocab_size)
-        has_room = None if cache is None else room(cache, tokens.shape[1])
+        positions = row_of_each("positions", positions, tokens)
+        segment_ids = row_of_each("segment_ids", segment_ids, tokens)
+        has_room = None
+        if cache is not None:
+            check_cache(cache, config, len(tokens))
+            has_room = room(cache, tokens.shape[1])
         context, carry = self._context(
             encoding, tokens, positions, segment_ids, deterministic, cache
         )
@@ -134,13 +134,9 @@ class Transformer(nn.Module):
         """Place 1, and what else all layers share."""
         batch, length = tokens.shape
         offset = None if cache is None else cache.length
-        own_rows = sequence_positions(1, length, 0 if cache is None else offset)
-        places = jnp.broadcast_to(own_rows, tokens.shape)
-        if segment_ids is not None:
-            segment_ids = rows("segment_ids", segment_ids, batch, length)
-        if positions is not None:
-            positions = rows("positions", positions, batch, length)
-        else:
+        rows = sequence_positions(1, length, 0 if cache is None else offset)
+        places = jnp.broadcast_to(rows, (batch, length))
+        if positions is None:
             positions = places if segment_ids is None else segment_positions(segment_ids)
         indices, carry = encoding.positions(
             tokens,
@@ -149,15 +145,12 @@ class Transformer(nn.Module):
             segment_ids=segment_ids,
             deterministic=deterministic,
         )
-        keys = indices
         if cache is not None:
-            check_carry(cache.carry, carry)
-            keys = write_all("cache.indices", cache.indices, indices, offset)
+            check_held("carry of cache", cache.carry, carry)
+        keys = write_all(None if cache is None else cache.indices, indices, offset)
         shared = encoding.shared(self.config.sizes)
-        query_positions = None if cache is None else places
-        return Context(
-            indices, keys, own_rows[0], query_positions, segment_ids, shared, offset
-        ), carry
+        places = None if cache is None else places
+        return Context(indices, keys, rows[0], places, segment_ids, shared, offset), carry
 
     def _blocks(self, flow, encoding, context: Context, cache: Cache | None, deterministic: bool):
         """All blocks, one after another or scanned."""

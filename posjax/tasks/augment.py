@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 
 __all__ = [
     "index_hints",
@@ -35,7 +34,7 @@ __all__ = [
 _DIGITS = 4300
 
 
-@checked(probability=checks.between(0, 1))
+@checks.arguments(probability=checks.between(0, 1))
 def random_spaces(text: str, generator: np.random.Generator, probability: float) -> str:
     """Puts spaces before characters at random.
 
@@ -58,7 +57,7 @@ def random_spaces(text: str, generator: np.random.Generator, probability: float)
     return "".join(parts)
 
 
-@checked()
+@checks.arguments()
 def remove_spaces(text: str) -> str:
     """The text without spaces.
 
@@ -68,7 +67,7 @@ def remove_spaces(text: str) -> str:
     return text.replace(" ", "")
 
 
-@checked()
+@checks.arguments()
 def index_hints(
     numbers: Sequence[str],
     generator: np.random.Generator,
@@ -97,7 +96,7 @@ def index_hints(
     return ["".join(map("".join, zip(letters, number, strict=False))) for number in numbers]
 
 
-@checked()
+@checks.arguments()
 def remove_hints(text: str, alphabet: str = string.ascii_lowercase) -> str:
     """The text without the letters of the alphabet.
 
@@ -108,7 +107,7 @@ def remove_hints(text: str, alphabet: str = string.ascii_lowercase) -> str:
     return text.translate(dict.fromkeys(map(ord, alphabet)))
 
 
-@checked(width=checks.between(1, _DIGITS))
+@checks.arguments(width=checks.between(1, _DIGITS))
 def padded(number: int, width: int) -> str:
     """The digits of a number with zeros before them.
 
@@ -122,7 +121,7 @@ def padded(number: int, width: int) -> str:
     return f"{number:0{width}d}"
 
 
-@checked(width=checks.between(1, _DIGITS // 2))
+@checks.arguments(width=checks.between(1, _DIGITS // 2))
 def padded_product(first: int, second: int, width: int) -> tuple[str, str]:
     """A multiplication with padded factors, and its padded product with the lowest digit first.
 
@@ -140,7 +139,7 @@ def padded_product(first: int, second: int, width: int) -> tuple[str, str]:
     return question, padded(first * second, 2 * width)[::-1]
 
 
-@checked()
+@checks.arguments()
 def read_product(question: str, answer: str) -> tuple[int, int, int]:
     """The factors and the product that `padded_product` wrote.
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.types import Array, Float
 
 __all__ = [
@@ -58,13 +57,14 @@ class Vocabulary:
         Raises:
             ValueError: an id is no token.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         is_sequence = isinstance(ids, Iterable) and not isinstance(ids, str)
-        checks.require("ids", ids, is_sequence, "token ids")
-        ids = list(ids)
-        for i in ids:
-            checks.integer("a token id", i, low=0, high=self.size - 1)
-        return self._join([int(i) for i in ids])
+        array = np.asarray(ids if hasattr(ids, "dtype") or not is_sequence else list(ids))
+        holds = array.ndim == 1 and (array.size == 0 or np.issubdtype(array.dtype, np.integer))
+        checks.require("ids", ids, holds, "a sequence of token ids")
+        wrong = (array < 0) | (array >= self.size)
+        if wrong.any():
+            checks.integer("token id", int(array[wrong][0]), low=0, high=self.size - 1)
+        return self._join(array.tolist())
 
     def _join(self, ids: list[int]) -> str:
         return "".join(self.symbols[i] for i in ids)
@@ -187,7 +187,7 @@ def _count(values: Array) -> Float[Array, ""]:
     return jnp.sum(values, dtype=jnp.float32)
 
 
-@checked()
+@checks.arguments()
 def as_batch(
     inputs: np.ndarray, targets: np.ndarray, scored: np.ndarray, loss: np.ndarray | None = None
 ) -> Batch:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 
 __all__ = ["Corpus", "load_corpus"]
 
@@ -34,7 +33,7 @@ class Corpus:
     validation_files: tuple[Path, ...]
 
 
-@checked(validation_fraction=checks.Limits(above=0, below=1))
+@checks.arguments(validation_fraction=checks.Limits(above=0, below=1))
 def load_corpus(
     path: tuple[str, ...], suffixes: tuple[str, ...] = (), validation_fraction: float = 0.1
 ) -> Corpus:

@@ -7,7 +7,6 @@ import grain
 import numpy as np
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.tasks.base import Batch, Task
 
 __all__ = ["split_batches", "train_dataset"]
@@ -34,7 +33,7 @@ class _Example:
         return self.task.example(step * self.batch_size + self.first + row, seed=self.seed)
 
 
-@checked(batch_size=checks.size(), process_count=checks.at_least(1))
+@checks.arguments(batch_size=checks.size(), process_count=checks.at_least(1))
 def train_dataset(
     task: Task, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset:
@@ -68,7 +67,7 @@ def train_dataset(
     return dataset.to_iter_dataset(_READ)
 
 
-@checked(batch_size=checks.size(), limit=checks.at_least(1))
+@checks.arguments(batch_size=checks.size(), limit=checks.at_least(1))
 def split_batches(
     task: Task, split: str, *, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[Batch, int]]:

@@ -36,6 +36,11 @@ class Trigram:
     counts: np.ndarray  # [65536, 256], n(x y z)
     bigrams: np.ndarray  # [256, 256], p(z | y)
 
+    def __post_init__(self):
+        for name, rows, kind in (("counts", 256**2, np.integer), ("bigrams", 256, np.floating)):
+            checks.shape(f"Trigram {name}", getattr(self, name), (rows, 256))
+            checks.dtype(f"Trigram {name}", getattr(self, name), kind)
+
     @classmethod
     def fit(cls, data: np.ndarray) -> "Trigram":
         """Counts the trigrams, bigrams and bytes of `data` (uint8, one axis)."""

@@ -115,7 +115,7 @@ def _merge(
             "parameters": runs[0]["parameters"],
             "mean": _mean([run["metrics"] for run in runs]),
             "seeds": {str(seed): reports[name, seed]["metrics"] for seed in seeds},
-            "unavailable": runs[0]["unavailable"],
+            "unavailable": {k: v for run in runs for k, v in run["unavailable"].items()},
             "train_seconds": float(np.mean([run["train_seconds"] for run in runs])),
             "steps_per_second": float(np.mean(speeds)) if speeds else None,
             "runs": [f"{name}-seed{seed}" for seed in seeds],

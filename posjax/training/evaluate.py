@@ -11,6 +11,7 @@ from posjax.positions import LengthError
 from posjax.tasks import Task
 from posjax.tasks.data import split_batches
 from posjax.training.mesh import to_devices
+from posjax.training.step import NOT_NUMBERS
 from posjax.types import PyTree
 
 __all__ = ["Evaluation", "evaluate"]
@@ -24,6 +25,10 @@ class Evaluation:
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
+class _NotNumbersError(ArithmeticError):
+    """A model gives no numbers where it is scored."""
+
+
 def evaluate(
     step: Callable,
     task: Task,
@@ -34,7 +39,8 @@ def evaluate(
 ) -> Evaluation:
     """Scores the parameters on all splits.
 
-    A split longer than a table of the encoding is not scored; the reason is kept.
+    A split longer than a table of the encoding is not scored, and one with logits that are not
+    numbers has no metrics; the reason is kept.
 
     Args:
         step: from `make_evaluate_step`.
@@ -44,7 +50,7 @@ def evaluate(
     for split in task.splits:
         try:
             result.metrics[split] = _score(step, task, split, params, mesh, batch_size, check)
-        except LengthError as error:
+        except (LengthError, _NotNumbersError) as error:
             result.metrics[split] = None
             result.unavailable[split] = str(error)
     return result
@@ -60,6 +66,11 @@ def _score(step, task, split, params, mesh, batch_size, check) -> dict[str, floa
         ).items():
             sums[name] = sums.get(name, 0.0) + float(total)
             counts[name] = counts.get(name, 0.0) + float(count)
+    wrong, scored = sums.pop(NOT_NUMBERS, 0.0), counts.pop(NOT_NUMBERS, 0.0)
+    if wrong:
+        raise _NotNumbersError(
+            f"the logits of {int(wrong)} of {int(scored)} scored tokens are not numbers"
+        )
     pooled = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
     values = task.derive(pooled)
     names = sorted(values, key=lambda name: name != task.primary)

@@ -5,7 +5,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.tasks import Batch
 from posjax.training.config import MeshConfig, TrainConfig
 
@@ -14,7 +13,7 @@ __all__ = ["check_batch_sizes", "is_leader", "make_mesh", "replicated", "rows", 
 AXES = ("data", "fsdp", "tensor", "context")
 
 
-@checked()
+@checks.arguments()
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh of a config; a `data` axis smaller than all devices takes the first ones.
 
@@ -32,7 +31,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:data])
 
 
-@checked()
+@checks.arguments()
 def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
     """Raises `ValueError` unless every batch has the same number of rows on each device."""
     data = mesh.shape["data"]
@@ -46,19 +45,19 @@ def check_batch_sizes(config: TrainConfig, mesh: Mesh) -> None:
         checks.require(name, size, size % data == 0, wanted)
 
 
-@checked()
+@checks.arguments()
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-@checked()
+@checks.arguments()
 def rows(mesh: Mesh) -> NamedSharding:
     """The first axis over `data`."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-@checked()
+@checks.arguments()
 def to_devices(batch: Batch, mesh: Mesh, *, whole: bool = False) -> Batch:
     """A batch of numpy arrays as arrays on the mesh, spread over `data`.
 

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from posjax import checks
-from posjax.checked import checked
 from posjax.training.config import OptimizerConfig
 from posjax.types import Array, PyTree
 
 __all__ = ["make_optimizer", "make_schedule"]
 
 
-@checked(steps=checks.at_least(1))
+@checks.arguments(steps=checks.at_least(1))
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Array | int], Array]:
     """The learning rate of step 0, 1, ..., steps - 1.
 
@@ -41,7 +40,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[Array | int]
     return learning_rate
 
 
-@checked()
+@checks.arguments()
 def make_optimizer(
     config: OptimizerConfig, schedule: Callable[[Array | int], Array]
 ) -> optax.GradientTransformation:

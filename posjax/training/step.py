@@ -16,7 +16,9 @@ from posjax.training.optimizer import make_optimizer, make_schedule
 from posjax.training.state import TrainState, step_keys
 from posjax.types import Array, Float, PyTree
 
-__all__ = ["cross_entropy_sum", "make_evaluate_step", "make_train_step"]
+__all__ = ["NOT_NUMBERS", "cross_entropy_sum", "make_evaluate_step", "make_train_step"]
+
+NOT_NUMBERS = "scored tokens whose logits are not numbers"
 
 Metrics = dict[str, Array]
 
@@ -100,11 +102,17 @@ def _accumulated(
 def make_evaluate_step(
     model: nn.Module, task: Task, mesh: Mesh
 ) -> Callable[[PyTree, Batch], dict[str, tuple[Array, Array]]]:
-    """The jitted evaluation of one batch: (sum, count) of every metric of the task."""
+    """The jitted evaluation of one batch: (sum, count) of every metric of the task.
+
+    With them comes NOT_NUMBERS: how many scored tokens have logits that are not numbers, of how
+    many. Their most likely token would be token 0.
+    """
 
     def evaluate_step(params: PyTree, batch: Batch) -> dict[str, tuple[Array, Array]]:
         logits = model.apply({"params": params}, batch["inputs"], deterministic=True)
-        return task.metrics(logits, batch)
+        wrong = batch["scored"] & jnp.isnan(logits).any(axis=-1)
+        counts = (jnp.sum(x, dtype=jnp.float32) for x in (wrong, batch["scored"]))
+        return task.metrics(logits, batch) | {NOT_NUMBERS: tuple(counts)}
 
     whole = replicated(mesh)
     jitted = jax.jit(evaluate_step, in_shardings=(whole, rows(mesh)), out_shardings=whole)

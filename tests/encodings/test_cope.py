@@ -162,5 +162,6 @@ def test_a_shared_table_comes_from_outside():
 def test_every_third_layer():
     encoding = CoPE(every=3)
     kinds = [type(encoding.layer(index, 7)) for index in range(7)]
-    assert [kind is CoPE for kind in kinds] == [True, False, False] * 2 + [True]
+    # The official code: (index + 1) % 3 == 0.
+    assert [kind is CoPE for kind in kinds] == [False, False, True] * 2 + [False]
     assert kinds[1] is PositionEncoding

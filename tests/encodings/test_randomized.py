@@ -75,7 +75,8 @@ def test_the_encoding_inside_sees_the_drawn_positions():
     dense = bias.dense(X, X, scale=1, allowed=None, query_positions=None, key_positions=None)
     places = np.asarray(indices.inner[3])
     for n, i, j in np.ndindex(2, 6, 6):
-        want = -alibi_slopes(2)[n] * abs(int(places[0, i]) - int(places[0, j]))
+        distance = int(places[0, i]) - int(places[0, j])
+        want = -alibi_slopes(2)[n] * (abs(distance) - 0.5 * (distance > 0))
         np.testing.assert_allclose(dense[0, n, i, j], want, rtol=1e-6)
     learned = Randomized(Learned(max_length=30), max_length=30)
     indices, table = indices_of(learned), jax.random.normal(jax.random.key(1), (30, 4))

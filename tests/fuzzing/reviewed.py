@@ -16,6 +16,24 @@ REVIEWED = {
             *("query_segment_ids", "key_segment_ids"),
         )
     },
+    **{
+        ("Transformer.__call__", name, "rank - 1"): "one row for all sequences"
+        for name in ("positions", "segment_ids")
+    },
+    **{
+        (f"{scaling}.__call__", "length", "nans"): "not read"
+        for scaling in ("Linear", "NTKAware", "YaRN")
+    },
+    **{
+        (f"{task}.example", "index", "0"): "the first example"
+        for task in ("FlipFlop", "SelectiveCopy", "Text")
+    },
+    **{(call, "path", "empty"): "the standard library" for call in ("load_corpus", "Text")},
+    **{(call, "suffixes", "empty"): "all files" for call in ("load_corpus", "Text")},
+    ("index_hints", "numbers", "empty"): "no numbers",
+    ("keep_within", "high", "inf"): "no limit",
+    ("Vocabulary.decode", "ids", "empty"): "no tokens",
+    ("Vocabulary.decode", "ids", "0 inside"): "a token id",
     ("ContextualBias", "gate_scale", "0"): "all gates are alike",
     ("ContextualBias", "gate_scale", "-1"): "any number is a factor",
     ("ClippedTableBias", "key", "nans"): "not read without key_table",

@@ -1,6 +1,8 @@
 """Right values for the arguments of public callables."""
 
+import functools
 import importlib
+import inspect
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +13,24 @@ import numpy as np
 
 import posjax
 from posjax import encodings
-from posjax.models import TransformerConfig
+from posjax.models import Transformer, TransformerConfig
 from tests.cases import linear
-from tests.fuzzing.targets import without_none
+from tests.fuzzing.targets import parameters_of, without_none
 from tests.training.tiny import TASK, tiny
 
 # Sizes of the axes by letter; other names have 3.
 SIZES = {"B": 2, "T": 4, "S": 4, "U": 4, "N": 2, "K": 2, "M": 2, "H": 8, "E": 8, "D": 8, "P": 5}
 SIZES |= {"m": 4, "n": 4, "offsets": 7, "half": 2, "numbers": 8, "k": 4, "places": 4, "pairs": 2}
+
+SMALL = TransformerConfig(layers=1, width=8, heads=2)
+MODEL = Transformer(SMALL, vocab_size=5, encoding=encodings.RoPE())
+PROMPT = jnp.ones((2, 4), jnp.int32)
+
+
+@functools.cache
+def _variables() -> Any:
+    return MODEL.init(jax.random.key(0), PROMPT)
+
 
 # Values for required arguments by callable, then by name.
 ROW = np.tile(np.arange(4, dtype=np.int32), (2, 1))
@@ -26,6 +38,7 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
     "*": {
         "adjacency": lambda: jnp.ones((4, 4)) - jnp.eye(4),
         "array": lambda: jnp.ones((2, 2, 4, 4)),
+        "base": lambda: 100.0,
         "batch": lambda: 2,
         "batch_size": lambda: 4,
         "channels": lambda: 8,
@@ -41,7 +54,8 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
         "heads": lambda: 2,
         "bias": lambda: posjax.ForgettingBias(-jnp.ones((2, 4, 2))),
         "clip": lambda: (2, 2),
-        "ids": lambda: (1, 2),
+        "ids": lambda: (0, 1),
+        "index": lambda: 0,
         "length": lambda: 4,
         "low": lambda: 0.0,
         "high": lambda: 1.0,
@@ -79,6 +93,15 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
     "dot_product_attention": {
         name: (lambda: jnp.ones((2, 4, 2, 8))) for name in ("query", "key", "value")
     },
+    "generate": {"model": lambda: MODEL, "variables": _variables, "prompt": lambda: PROMPT},
+    "init_cache": {"model": lambda: MODEL, "variables": _variables},
+    "Transformer": {"config": lambda: SMALL},
+    "Transformer.__call__": {"tokens": lambda: PROMPT},
+    "Trigram": {
+        "counts": lambda: np.zeros((256**2, 256), np.int64),
+        "bigrams": lambda: np.full((256, 256), 1 / 256),
+    },
+    "Trigram.fit": {"data": lambda: np.arange(9, dtype=np.uint8)},
     "ArrayBias": {"array": lambda: jnp.ones((2, 2, 4, 4))},
     "Config": {name: (lambda n=name: getattr(tiny(), n)) for name in ("name", "task", "model")}
     | {name: (lambda n=name: getattr(tiny(), n)) for name in ("encoding", "train")},
@@ -149,6 +172,15 @@ SAMPLES: dict[str, dict[str, Callable[[], Any]]] = {
 
 def _mesh():
     return importlib.import_module("posjax.training.mesh").make_mesh(tiny().mesh)
+
+
+def right_arguments(call: Callable, name: str) -> dict[str, Any]:
+    """The required arguments of a callable, and those that have a named sample."""
+    return {
+        argument: sample(name, argument, annotation)
+        for argument, (annotation, default) in parameters_of(call).items()
+        if default is inspect.Parameter.empty or argument in SAMPLES.get(name, {})
+    }
 
 
 def sample(name: str, argument: str, annotation: Any) -> Any:

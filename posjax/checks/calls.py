@@ -13,15 +13,17 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
 import jax
 import jax.numpy as jnp
 
-from posjax import checks
-from posjax.checks import Limits
+from posjax.checks.annotations import check_of
+from posjax.checks.arrays import dtype, key, shape
+from posjax.checks.limits import Limits
+from posjax.checks.values import require
 
-__all__ = ["check_annotated", "checked"]
+__all__ = ["annotated", "arguments"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def checked(**limits: Limits) -> Callable[[_Function], _Function]:
+def arguments(**limits: Limits) -> Callable[[_Function], _Function]:
     """A decorator: arguments have the types of their annotations, and keep to limits.
 
     Every refusal is a ValueError that names the argument, its value, and what it must be.
@@ -29,8 +31,9 @@ def checked(**limits: Limits) -> Callable[[_Function], _Function]:
     Args:
         limits: ranges of numbers by the name of the argument.
 
+    >>> from posjax.checks import size
     >>> from posjax.types import Array, Num
-    >>> @checked(width=checks.at_least(1))
+    >>> @arguments(width=size())
     ... def widened(x: Num[Array, "B T"], width: int):
     ...     return jnp.repeat(x, width, axis=1)
     >>> widened(jnp.ones((1, 2)), 0)
@@ -57,11 +60,11 @@ def checked(**limits: Limits) -> Callable[[_Function], _Function]:
     return decorate
 
 
-def check_annotated(name: str, value: Any, annotation: Any) -> None:
+def annotated(name: str, value: Any, annotation: Any) -> None:
     """A value has the type, and an array the kind of dtype, of an annotation; of any shape.
 
     >>> from posjax.types import Array, Float
-    >>> check_annotated("factor", "2", Float[Array, "N"] | None)
+    >>> annotated("factor", "2", Float[Array, "N"] | None)
     Traceback (most recent call last):
     ValueError: factor is '2'; it must be an array [N], or None.
     """
@@ -92,7 +95,7 @@ class _Kind(NamedTuple):
         if self.members:
             holds = isinstance(value, tuple) and len(value) == len(self.members)
             wanted = f"a tuple of {len(self.members)} arrays" + ", or None" * self.optional
-            checks.require(name, value, holds, wanted)
+            require(name, value, holds, wanted)
             for index, (kind, member) in enumerate(zip(self.members, value, strict=True)):
                 kind.check(f"{name}[{index}]", member, None, sizes)
             return
@@ -114,7 +117,7 @@ def kind_of(annotation: Any) -> _Kind:
     others = [part for part in parts if part not in arrays and part is not types.NoneType]
     optional = types.NoneType in parts
     other = others[0] | None if optional and others else others[0] if others else None
-    checks_it = None if other is None else checks.check_of(other)
+    checks_it = None if other is None else check_of(other)
     return _Kind(arrays, checks_it, optional)
 
 
@@ -131,11 +134,11 @@ def _check_array(
 ) -> None:
     """An array of one of several annotations; adds its sizes to `sizes`."""
     if jax.Array in kinds:
-        _check_key(name, value)
+        key(name, value)
         return
     _check_is_array(name, value, kinds, optional)
     patterns = list(dict.fromkeys(kind.dim_str for kind in kinds))
-    checks.shape(name, value, *(_sizes_of(pattern, sizes) for pattern in patterns))
+    shape(name, value, *(_sizes_of(pattern, sizes) for pattern in patterns))
     _check_dtype(name, value, kinds)
     if len(patterns) == 1:
         _remember(value.shape, patterns[0].split(), sizes)
@@ -144,14 +147,7 @@ def _check_array(
 def _check_is_array(name: str, value: Any, kinds: tuple[Any, ...], optional: bool) -> None:
     axes = ", ".join(axis.strip("*#") for axis in kinds[0].dim_str.split())
     wanted = f"an array [{axes}]" + ", or None" * optional
-    checks.require(name, value, _is_array(value), wanted)
-
-
-def _check_key(name: str, value: Any) -> None:
-    """A random key of the new kind or of the old one."""
-    dtype = getattr(value, "dtype", None)
-    is_key = dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == "uint32")
-    checks.require(name, value, is_key, "a random key")
+    require(name, value, _is_array(value), wanted)
 
 
 def _sizes_of(pattern: str, sizes: dict[str, Any]) -> tuple[Any, ...]:
@@ -174,7 +170,7 @@ def _check_dtype(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
     allowed = [str(one) for kind in kinds for one in kind.dtypes]
     wanted = [kind for known, kind in _KINDS.items() if known in allowed]
     if len(wanted) == 1:
-        checks.dtype(name, value, wanted[0])
+        dtype(name, value, wanted[0])
     elif not any(jnp.issubdtype(value.dtype, kind) for kind in wanted):
         words = "an integer or a floating-point type" + ", or bool" * (jnp.bool_ in wanted)
         raise ValueError(f"{name} has dtype {value.dtype}; it must be {words}.")
