@@ -145,9 +145,9 @@ def test_at_most_one_part_carries_a_state():
 
 def test_layers_have_the_parts_own_forms():
     combined = Combine((CoPE(every=2), RoPE()))
-    assert combined.layer(0, 4) == combined
-    assert type(combined.layer(1, 4).encodings[0]) is PositionEncoding
-    assert combined.layer(1, 4).encodings[1] == RoPE()
+    assert combined.layer(1, 4) == combined
+    assert type(combined.layer(0, 4).encodings[0]) is PositionEncoding
+    assert combined.layer(0, 4).encodings[1] == RoPE()
 
 
 @pytest.mark.parametrize(
