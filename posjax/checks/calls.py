@@ -44,7 +44,7 @@ def arguments(**limits: Limits) -> Callable[[_Function], _Function]:
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)
         annotated = {n: p.annotation for n, p in signature.parameters.items()}
-        kinds = {n: _kind_of(a) for n, a in annotated.items() if a is not inspect.Parameter.empty}
+        kinds = {n: kind_of(a) for n, a in annotated.items() if a is not inspect.Parameter.empty}
 
         @functools.wraps(function)
         def call(*arguments, **named):
@@ -68,7 +68,7 @@ def annotated(name: str, value: Any, annotation: Any) -> None:
     Traceback (most recent call last):
     ValueError: factor is '2'; it must be an array [N], or None.
     """
-    kind = _kind_of(annotation)
+    kind = kind_of(annotation)
     if not kind.arrays:
         if kind.other is not None:
             kind.other(name, value, Limits(), True)
@@ -106,12 +106,12 @@ class _Kind(NamedTuple):
             self.other(name, value, limits or Limits(), limits is None)
 
 
-def _kind_of(annotation: Any) -> _Kind:
+def kind_of(annotation: Any) -> _Kind:
     several = get_origin(annotation) in (Union, types.UnionType)
     parts = get_args(annotation) if several else (annotation,)
     tuples = [part for part in parts if get_origin(part) is tuple and _holds_arrays(part)]
     if tuples:
-        members = tuple(map(_kind_of, get_args(tuples[0])))
+        members = tuple(map(kind_of, get_args(tuples[0])))
         return _Kind((), None, types.NoneType in parts, members)
     arrays = tuple(part for part in parts if part is jax.Array or hasattr(part, "dim_str"))
     others = [part for part in parts if part not in arrays and part is not types.NoneType]

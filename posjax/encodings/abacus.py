@@ -74,14 +74,14 @@ class Abacus(PositionEncoding):
 
     def positions(self, tokens, positions, carry=None, *, segment_ids=None, deterministic=True):
         """Places inside numbers; the carry is how many digits end the row."""
-        run, _ = digit_run_positions(is_one_of(tokens, self.digits), carry)
+        run, after = digit_run_positions(is_one_of(tokens, self.digits), carry)
         # No run is longer than its segment up to here, so a segment's first digit starts a new one.
         run = jnp.minimum(run, positions + 1)
         indices = run
         if self.max_offset and not deterministic:
             offset = jax.random.randint(self.make_rng("encoding"), (), 0, self.max_offset + 1)
             indices = jnp.where(run > 0, run + offset, 0)
-        return indices, run[:, -1]
+        return indices, after if 0 in run.shape else run[:, -1]
 
     @nn.compact
     def embed(self, embeddings, indices):

@@ -49,32 +49,16 @@ included.
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, Self
 
 import flax.linen as nn
 
 from posjax import checks
 from posjax.biases.base import Bias
+from posjax.encodings.hooks import Side, Sizes, guard_base, guard_overrides
 from posjax.types import Array, Float, Int, Num, PyTree
 
 __all__ = ["PositionEncoding", "Side", "Sizes"]
-
-
-class Sizes(NamedTuple):
-    """The sizes of an attention layer."""
-
-    heads: int
-    kv_heads: int
-    head_size: int
-
-
-class Side(NamedTuple):
-    """The queries or the keys of an attention layer, as places 3 and 4 see them."""
-
-    x: Num[Array, "B T N H"]  # projected queries or keys
-    indices: PyTree  # of `positions`, [B, T, ...]
-    memory: PyTree = None  # the result of `cache` for these tokens, [B, T, ...]
-    value: Num[Array, "B S K H"] | None = None  # projected values, for keys only
 
 
 def _unbound(layer):
@@ -116,6 +100,7 @@ class PositionEncoding(nn.Module):
         super().__init_subclass__(**settings)
         if "layer" in vars(cls):
             cls.layer = _unbound(cls.layer)
+        guard_overrides(cls)
 
     def __post_init__(self):
         checks.fields(self)
@@ -138,10 +123,10 @@ class PositionEncoding(nn.Module):
     def positions(
         self,
         tokens: Int[Array, "B T"],
-        positions: Num[Array, "B T"],
+        positions: Num[Array, "#B T"],
         carry: PyTree = None,
         *,
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "#B T"] | None = None,
         deterministic: bool = True,
     ) -> tuple[PyTree, PyTree]:
         """Place 1: the indices that the later places get.
@@ -184,6 +169,9 @@ class PositionEncoding(nn.Module):
     def bias(self, query: Side, key: Side, shared: PyTree = None) -> Bias | None:
         """Place 4: the description of an addend of the logits; `x` of both sides is turned."""
         return None
+
+
+guard_base(PositionEncoding, ("positions", "embed", "shared", "cache", "rotate", "bias"))
 
 
 def _own_parts(value):

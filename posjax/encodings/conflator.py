@@ -71,9 +71,11 @@ def switching_positions(
     """
     start = positions == 0 if starts is None else starts | (positions == 0)
     if carry is None:
-        none = jnp.zeros_like(positions[:, 0])
+        none = jnp.zeros_like(positions, shape=positions.shape[:1])
         forward = jnp.ones(len(positions), jnp.int32)
         carry = Switches(jnp.full(len(positions), _UNKNOWN), forward, none, none)
+    if 0 in positions.shape:
+        return positions, carry
     # The language of each token; a first token without one has none.
     spoken = _latest(language, (language != _UNKNOWN) | start, carry.language)
     before = jnp.concatenate((carry.language[:, None], spoken[:, :-1]), axis=1)

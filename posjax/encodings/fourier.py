@@ -111,10 +111,11 @@ class Fourier(PositionEncoding):
             got = f"Fourier groups is {self.groups} and the width {width}"
             raise ValueError(f"{got}; groups must divide it.")
         x = grid_positions(indices, (1,) if self.grid is None else self.grid)
-        x = x.reshape(*indices.shape, self.groups, -1).astype(jnp.float32) / self.length
+        x = x.reshape(*indices.shape, self.groups, x.shape[-1] // self.groups)
+        x = x.astype(jnp.float32) / self.length
         shape = (self.features // 2, x.shape[-1])
         r = fourier_features(x, self.param("frequencies", start, shape, jnp.float32))
         size = width // self.groups
         up = nn.gelu(nn.Dense(self.hidden, dtype=jnp.float32, name="up")(r), approximate=False)
-        out = nn.Dense(size, dtype=jnp.float32, name="down")(up).reshape(embeddings.shape)
+        out = nn.Dense(size, dtype=jnp.float32, name="down")(up).reshape(*indices.shape, width)
         return (embeddings.astype(jnp.float32) + out).astype(embeddings.dtype)

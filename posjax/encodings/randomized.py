@@ -145,7 +145,7 @@ class Randomized(Wrapper):
             for drawn, own in zip(draws, before, strict=True)
         ]
         indices, carries = zip(*results, strict=True)
-        return Drawn(outside, indices), (positions[:, -1] + 1, carries)
+        return Drawn(outside, indices), (_next(positions, carry), carries)
 
     def inner_indices(self, indices):
         """The inner indices at the positions of the layer's draw."""
@@ -184,3 +184,10 @@ class Randomized(Wrapper):
             wrong = np.asarray(positions)[np.asarray(outside)][0]
             raise LengthError(f"Randomized {field} is {limit}; there is no position {wrong}.")
         return outside
+
+
+def _next(positions: Array, carry: PyTree) -> Int[Array, "B"]:
+    """The position after the last one."""
+    if 0 in positions.shape:
+        return jnp.zeros_like(positions, shape=positions.shape[:1]) if carry is None else carry[0]
+    return positions[:, -1] + 1

@@ -26,7 +26,7 @@ COMPOSITIONS = {
 }
 _NO_ENCODING = "nope"
 # Files of this folder that hold bases and families.
-_NOT_ENCODINGS = ("base", "distance", "registry", "rotary", "stream", "wrapper")
+_NOT_ENCODINGS = ("base", "distance", "hooks", "registry", "rotary", "stream", "wrapper")
 
 
 @functools.cache

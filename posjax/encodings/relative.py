@@ -42,6 +42,7 @@ class Relative(TrainedBias):
         Golovneva, Wang, Weston, Sukhbaatar, Contextual Position Encoding: Learning to Count What's
         Important, arXiv:2405.18719, section 5 and figure 3.
 
+    >>> import jax
     >>> from posjax.encodings.base import Sizes
     >>> variables = Relative(8).init(jax.random.key(0), Sizes(2, 2, 4), method="shared")
     >>> variables["params"]["table"].shape

@@ -102,6 +102,8 @@ def turn_at(
 @checks.arguments()
 def lengths(positions: Num[Array, "B T"]) -> Num[Array, "B"]:
     """How many positions each row has: its greatest one, plus 1."""
+    if positions.shape[1] == 0:
+        return jnp.zeros_like(positions, shape=positions.shape[:1])
     return jnp.max(positions, axis=1) + 1
 
 

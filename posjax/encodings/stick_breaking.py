@@ -31,7 +31,10 @@ class StickBreaking(PositionEncoding):
         Tan, Yang, Courville, Panda, Shen, Scaling Stick-Breaking Attention: An Efficient
         Implementation and In-depth Study, arXiv:2410.17980, section 2.
 
-    >>> StickBreaking().apply({}, None, None, method="bias").uses_softmax
+    >>> import jax.numpy as jnp
+    >>> from posjax.encodings.base import Side
+    >>> side = Side(jnp.ones((1, 2, 1, 4)), jnp.arange(2)[None])
+    >>> StickBreaking().apply({}, side, side, method="bias").uses_softmax
     False
     """
 

@@ -2,6 +2,7 @@
 
 from posjax import checks
 from posjax.encodings.base import PositionEncoding, Sizes
+from posjax.encodings.hooks import guard_base
 from posjax.types import Array, Float, Int, PyTree
 
 __all__ = ["StreamEncoding", "stream_of"]
@@ -55,6 +56,12 @@ class StreamEncoding(PositionEncoding):
             mixed: averages of `extra_values`; None if there are none.
         """
         return state
+
+
+guard_base(
+    StreamEncoding,
+    ("init_state", "stream_inputs", "update_stream", "extra_values", "update_state"),
+)
 
 
 @checks.arguments()

@@ -1,5 +1,6 @@
 """TAPE: rotary positions that every layer updates by the content of the tokens."""
 
+import math
 from typing import ClassVar, Self
 
 import flax.linen as nn
@@ -120,7 +121,7 @@ class TAPE(StreamEncoding):
 
     def extra_values(self, memory):
         """The states of the keys as values, [B, S, K, H]."""
-        return memory.reshape(*memory.shape[:3], -1)
+        return memory.reshape(*memory.shape[:3], math.prod(memory.shape[3:]))
 
     @nn.compact
     def update_state(self, state, change, mixed):

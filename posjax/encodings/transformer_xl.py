@@ -101,4 +101,4 @@ def _products(key: Array, u: Float[Array, "N H"]) -> Float[Array, "B S N"]:
     u = u.reshape(kv_heads, -1, size)
     exact = jax.lax.Precision.HIGHEST
     products = jnp.einsum("bskh,kgh->bskg", key.astype(jnp.float32), u, precision=exact)
-    return products.reshape(batch, length, -1)
+    return products.reshape(batch, length, kv_heads * u.shape[1])

@@ -50,8 +50,8 @@ class TransformerConfig:
     """Implementation of attention. None: posjax chooses."""
 
     def __post_init__(self):
-        one = checks.at_least(1)
-        sizes = dict.fromkeys(("layers", "heads", "kv_heads", "width", "head_size"), one)
+        names = ("layers", "heads", "kv_heads", "width", "head_size")
+        sizes = dict.fromkeys(names, checks.size())
         checks.fields(
             self,
             "model.",
@@ -69,6 +69,8 @@ class TransformerConfig:
         hidden = round(self.mlp_ratio * self.width)
         wanted = f"enough for a hidden channel with model.width = {self.width}"
         checks.require("model.mlp_ratio", self.mlp_ratio, hidden >= 1, wanted)
+        wanted = f"at most {checks.LARGEST / self.width}, with model.width = {self.width}"
+        checks.require("model.mlp_ratio", self.mlp_ratio, hidden <= checks.LARGEST, wanted)
 
     @property
     def size_of_head(self) -> int:

@@ -22,7 +22,8 @@ def known_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B T
     """
     checks.shape("tokens", tokens, ("batch", "length"))
     checks.dtype("tokens", tokens, jnp.integer)
-    holds = (tokens >= 0) & (tokens < vocab_size)
+    last = min(vocab_size - 1, jnp.iinfo(tokens.dtype).max)
+    holds = (tokens >= 0) & (tokens <= last)
     values = known(holds)
     if values is not None and not values.all():
         first = np.asarray(tokens)[~values].reshape(-1)[0].item()
@@ -46,6 +47,10 @@ def check_cache(cache: Any, config: TransformerConfig, batch: int) -> None:
         ValueError: it is not.
     """
     checks.instance("cache", cache, Cache, "what init_cache and the model return, or None")
+    checks.shape("length of cache", cache.length, ())
+    checks.dtype("length of cache", cache.length, jnp.integer)
+    length = known(cache.length)
+    checks.integer("length of cache", 0 if length is None else length.item(), low=0)
     layers, before = cache.layers, (config.layers,) if config.scan_layers else ()
     scanned = isinstance(layers, LayerState)
     holds = scanned == config.scan_layers and (scanned or len(layers) == config.layers)
@@ -53,9 +58,11 @@ def check_cache(cache: Any, config: TransformerConfig, batch: int) -> None:
         found = "scanned layers" if scanned else f"{len(layers)} layers"
         wanted = "scanned layers" if config.scan_layers else f"{config.layers} layers"
         raise ValueError(f"cache has {found}; it must be of this model, with {wanted}.")
-    first = layers if scanned else layers[0]
     wanted = (*before, batch, "room", config.key_heads, config.size_of_head)
-    checks.shape("array of keys in cache", first.attention.key, wanted)
+    for layer in [layers] if scanned else layers:
+        checks.instance("layer of cache", layer, LayerState)
+        checks.shape("array of keys in cache", layer.attention.key, wanted)
+        checks.dtype("array of keys in cache", layer.attention.key, (jnp.dtype(config.dtype),))
 
 
 def room(cache: Cache, count: int) -> Bool[Array, "T"]:

@@ -1,12 +1,12 @@
 """Attention layer, MLP and block. The attention layer calls places 3 and 4 of the encoding."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from posjax import checks
 from posjax.attention import dot_product_attention
 from posjax.encodings.base import PositionEncoding, Side
 from posjax.encodings.stream import stream_of
@@ -181,11 +181,29 @@ def write_all(old: PyTree, new: PyTree, offset: Int[Array, ""] | None) -> PyTree
     Raises:
         ValueError: the cache holds other arrays.
     """
-    if old is None:
+    if offset is None:
         return new
-    held, wanted = (jax.tree.map(lambda x: (x.shape[0], *x.shape[2:]), x) for x in (old, new))
-    checks.require("cache", held, held == wanted, f"one that holds {wanted} of each token")
+    drop_length = lambda shape: (shape[0], *shape[2:])  # noqa: E731
+    check_held("cache", old, new, drop_length)
     return jax.tree.map(lambda o, n: write_at(o, n, offset), old, new)
+
+
+def check_held(name: str, old: PyTree, new: PyTree, axes: Callable = tuple) -> None:
+    """Checks that a cache holds arrays such as the model makes.
+
+    Args:
+        axes: which axes of a shape are the same.
+    """
+
+    def form(x: Array) -> str:
+        # Positions may be of any integer type.
+        kind = "int" if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
+        return f"{kind}{list(axes(x.shape))}"
+
+    held, wanted = (jax.tree.map(form, tree) for tree in (old, new))
+    if held != wanted:
+        each = "" if axes is tuple else " of each token"
+        raise ValueError(f"{name} is {held}; it must be one that holds {wanted}{each}.")
 
 
 def _identity(config: TransformerConfig, name: str):

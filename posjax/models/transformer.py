@@ -8,7 +8,7 @@ from posjax.encodings.base import PositionEncoding
 from posjax.encodings.stream import stream_of
 from posjax.models.config import TransformerConfig
 from posjax.models.inputs import check_cache, known_tokens, room, row_of_each
-from posjax.models.layers import Block, Cache, Context, norm, write_all
+from posjax.models.layers import Block, Cache, Context, check_held, norm, write_all
 from posjax.positions import segment_positions, sequence_positions
 from posjax.types import Array, Float, Int, PyTree
 
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
                 ("encoding").
             cache: the tokens before these; the result is then (logits, cache). Logits of tokens
                 for which it has no room are NaN, if a compiled program cannot raise.
-            keep: return (logits, cache) without a cache to start from.
+            keep: return (logits, cache) also without a cache to start from.
 
         Raises:
             ValueError: segment_ids together with a cache; a cache of another model; an encoding
@@ -145,6 +145,8 @@ class Transformer(nn.Module):
             segment_ids=segment_ids,
             deterministic=deterministic,
         )
+        if cache is not None:
+            check_held("carry of cache", cache.carry, carry)
         keys = write_all(None if cache is None else cache.indices, indices, offset)
         shared = encoding.shared(self.config.sizes)
         places = None if cache is None else places

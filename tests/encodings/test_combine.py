@@ -107,7 +107,7 @@ def test_memory_and_shared_reach_their_part():
     table = jnp.ones((32, 2))
     assert bias_of(RoPE(), T5(), shared=(None, table)).params is table
     combined = Combine((Gain(), RoPE(), Gain(3.0)))
-    assert combined.apply({}, X, SIZES, method="cache") == (2.0, None, 3.0)
+    assert combined.apply({}, X[..., 0], SIZES, method="cache") == (2.0, None, 3.0)
     combined = Combine((T5(), T5(num_buckets=8)))
     shared, variables = combined.init_with_output(jax.random.key(0), SIZES, method="shared")
     assert [table.shape for table in shared] == [(32, 2), (8, 2)]
@@ -145,9 +145,9 @@ def test_at_most_one_part_carries_a_state():
 
 def test_layers_have_the_parts_own_forms():
     combined = Combine((CoPE(every=2), RoPE()))
-    assert combined.layer(0, 4) == combined
-    assert type(combined.layer(1, 4).encodings[0]) is PositionEncoding
-    assert combined.layer(1, 4).encodings[1] == RoPE()
+    assert combined.layer(1, 4) == combined
+    assert type(combined.layer(0, 4).encodings[0]) is PositionEncoding
+    assert combined.layer(0, 4).encodings[1] == RoPE()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import posjax.kernels.blocks
 from posjax import BiasSum, ForgettingBias, StickBreakingBias, dot_product_attention
 from posjax.encodings import StickBreaking
+from posjax.encodings.base import Side
 
 QUERY, KEY, VALUE = jax.random.normal(jax.random.key(0), (3, 2, 40, 2, 4))
 
@@ -74,5 +75,6 @@ def test_no_bias_can_be_added():
 
 
 def test_the_encoding_hands_its_setting_on():
-    bias = StickBreaking(attend_current=True).apply({}, None, None, method="bias")
+    side = Side(QUERY, None)
+    bias = StickBreaking(attend_current=True).apply({}, side, side, method="bias")
     assert bias == StickBreakingBias(attend_current=True)

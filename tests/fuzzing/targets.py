@@ -17,7 +17,7 @@ import posjax
 
 SKIPPED_MODULES = re.compile(
     r"posjax\.(kernels|axes|checks|dropout|forms|implementations|masks|precision|problem|types"
-    r"|varying|version|models\.inputs)\b"
+    r"|varying|version|encodings\.hooks|models\.inputs)\b"
 )
 
 # Callables that are not called, and why.
