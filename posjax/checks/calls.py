@@ -18,7 +18,7 @@ from posjax.checks.arrays import dtype, key, shape
 from posjax.checks.limits import Limits
 from posjax.checks.values import require
 
-__all__ = ["annotated", "arguments"]
+__all__ = ["annotated", "arguments", "kind_of"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -107,6 +107,7 @@ class _Kind(NamedTuple):
 
 
 def kind_of(annotation: Any) -> _Kind:
+    """What an annotation asks for, to check many values with."""
     several = get_origin(annotation) in (Union, types.UnionType)
     parts = get_args(annotation) if several else (annotation,)
     tuples = [part for part in parts if get_origin(part) is tuple and _holds_arrays(part)]
