@@ -128,6 +128,8 @@ TABLE = [
     ("SelfExtend", {"window": 0}, "at least 1"),
     ("SelfExtend", {"window": 1020}, "a multiple of group = 8"),
     ("SelfExtend", {"fraction": 0.0}, "above 0 and at most 1"),
+    ("Relative", {"num_positions": 0}, "at least 1"),
+    ("Relative", {"strict": 1}, "True or False"),
     ("Shaw", {"max_distance": 0}, "at least 1"),
     ("Sinusoidal", {"scale": 0.0}, "above 0, or None"),
     ("StickBreaking", {"attend_current": "yes"}, "True or False"),
