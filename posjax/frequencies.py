@@ -214,16 +214,16 @@ class YaRN(Scaling):
         own = rope_frequencies(channels, base)
         kept = self._by_dimension(channels, base) if self.ramp == "dimension" else None
         if kept is None:
-            turns, width = (
-                self.original_length * own / (2 * math.pi),
-                self.beta_fast - self.beta_slow,
-            )
-            is_step = width == 0
-            ramp = turns >= self.beta_slow if is_step else (turns - self.beta_slow) / width
-            kept = np.clip(ramp, 0, 1)
+            kept = self._by_turns(self.original_length * own / (2 * math.pi))
         factor = self.attention_factor
         factor = 0.1 * math.log(self.factor) + 1 if factor is None else factor
         return own * (kept + (1 - kept) / self.factor), factor
+
+    def _by_turns(self, turns: np.ndarray) -> np.ndarray:
+        width = self.beta_fast - self.beta_slow
+        if width == 0:
+            return np.where(turns >= self.beta_slow, 1.0, 0.0)
+        return np.clip((turns - self.beta_slow) / width, 0, 1)
 
     def _by_dimension(self, channels: int, base: float) -> np.ndarray:
         def place(turns):

@@ -117,8 +117,8 @@ def kind_of(annotation: Any) -> _Kind:
     arrays = tuple(part for part in parts if part is jax.Array or hasattr(part, "dim_str"))
     others = [part for part in parts if part not in arrays and part is not types.NoneType]
     optional = types.NoneType in parts
-    other = others[0] | None if optional and others else others[0] if others else None
-    checks_it = None if other is None else check_of(other)
+    # One of several other kinds is for the function to check.
+    checks_it = check_of(others[0], optional) if len(others) == 1 else None
     return _Kind(arrays, checks_it, optional)
 
 
