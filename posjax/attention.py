@@ -147,7 +147,7 @@ def dot_product_attention(
 
 
 def _solved(problem: Problem, implementation: Any) -> Attended:
-    """What the implementation gives, with the sinks."""
+    """The result of the implementation, with the sinks."""
     chosen = choose(problem, implementation)
     note(chosen, problem)
     if problem.is_empty:

@@ -45,8 +45,6 @@ def rope_frequencies(channels: int, base: float) -> np.ndarray:
     >>> rope_frequencies(4, 10_000.0).tolist()
     [1.0, 0.01]
     """
-    checks.integer("channels", channels, low=0)
-    checks.number("base", base, above=0)
     return base ** (-np.arange(0, channels, 2) / channels)
 
 
@@ -55,7 +53,13 @@ class Scaling(abc.ABC):
 
     reads_length: ClassVar[bool] = False
 
-    @checks.arguments(channels=checks.size(0), base=checks.above(0))
+    def __init_subclass__(cls, **settings):
+        super().__init_subclass__(**settings)
+        if "__call__" in vars(cls):
+            limits = {"channels": checks.size(0), "base": checks.above(0)}
+            cls.__call__ = checks.arguments(Scaling.__call__, **limits)(cls.__call__)
+
+    @abc.abstractmethod
     def __call__(
         self, channels: int, base: float, length: Num[Array, "B"]
     ) -> tuple[Frequencies, float]:
@@ -66,11 +70,6 @@ class Scaling(abc.ABC):
             base: that of RoPE.
             length: how many positions each row has now.
         """
-        return self._scaled(channels, base, length)
-
-    @abc.abstractmethod
-    def _scaled(self, channels: int, base: float, length: Array) -> tuple[Frequencies, float]:
-        """What the call gives, for arguments that have been checked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Linear(Scaling):
     def __post_init__(self):
         checks.fields(self, factor=checks.at_least(1))
 
-    def _scaled(self, channels, base, length):
+    def __call__(self, channels, base, length):
         return rope_frequencies(channels, base) / self.factor, 1.0
 
 
@@ -118,7 +117,7 @@ class NTKAware(Scaling):
     def __post_init__(self):
         checks.fields(self, factor=checks.at_least(1))
 
-    def _scaled(self, channels, base, length):
+    def __call__(self, channels, base, length):
         _require_pairs(self, channels)
         return rope_frequencies(channels, base * self.factor ** (channels / (channels - 2))), 1.0
 
@@ -150,7 +149,7 @@ class DynamicNTK(Scaling):
     def __post_init__(self):
         checks.fields(self, factor=checks.at_least(1), original_length=checks.at_least(1))
 
-    def _scaled(self, channels, base, length):
+    def __call__(self, channels, base, length):
         _require_pairs(self, channels)
         excess = jnp.maximum(length.astype(jnp.float32) / self.original_length, 1.0)
         slower = self.factor * excess - (self.factor - 1)
@@ -210,7 +209,7 @@ class YaRN(Scaling):
         wanted = f"at least beta_slow = {self.beta_slow}"
         checks.require("YaRN beta_fast", self.beta_fast, self.beta_fast >= self.beta_slow, wanted)
 
-    def _scaled(self, channels, base, length):
+    def __call__(self, channels, base, length):
         own = rope_frequencies(channels, base)
         kept = self._by_dimension(channels, base) if self.ramp == "dimension" else None
         if kept is None:
@@ -281,7 +280,7 @@ class LongRoPE(Scaling):
             attention_factor=checks.above(0),
         )
 
-    def _scaled(self, channels, base, length):
+    def __call__(self, channels, base, length):
         own = rope_frequencies(channels, base)
         long, short = (
             jnp.asarray(own / self._factors(field, channels // 2, default), jnp.float32)
@@ -341,7 +340,7 @@ class Llama3(Scaling):
         wanted = f"at least low = {self.low}"
         checks.require("Llama3 high", self.high, self.high >= self.low, wanted)
 
-    def _scaled(self, channels, base, length):
+    def __call__(self, channels, base, length):
         ramp = YaRN(
             self.factor,
             self.original_length,

@@ -31,7 +31,6 @@ def grid_positions(positions: Num[Array, "B T"], shape: tuple[int, ...]) -> Num[
     >>> grid_positions(jnp.array([[0, 4, 5, 13]]), (2, 5)).tolist()
     [[[0, 0], [0, 4], [1, 0], [2, 3]]]
     """
-    checks.integers("shape", shape, low=1)
     axes = []
     for axis, size in enumerate(shape):
         step = math.prod(shape[axis + 1 :])

@@ -31,9 +31,6 @@ def random_projection(
     >>> random_projection(jax.random.key(0), 5, 4).shape
     (5, 4)
     """
-    checks.integer("features", features, low=1)
-    checks.integer("size", size, low=1)
-    checks.flag("orthogonal", orthogonal)
     directions, lengths = jax.random.split(key)
     normal = jax.random.normal(directions, (-(-features // size), size, size))
     if not orthogonal:

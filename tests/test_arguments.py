@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from posjax import ContextualBias, RelativeBias, dot_product_attention
+from posjax import BiasSum, ContextualBias, RelativeBias, ScaledBias, dot_product_attention
 from posjax.encodings import RoPE
 from tests.cases import linear
 
@@ -96,6 +96,24 @@ WRONG = {
         {"bias": ContextualBias(TABLE, direction="left"), "is_causal": True},
         "direction is 'left'",
     ),
+    "a text for an array": (
+        {"bias": ContextualBias(TABLE, gate_bias="-2"), "is_causal": True},
+        "ContextualBias.gate_bias is '-2'; it must be an array",
+    ),
+    "an integer for a flag": (
+        {"bias": RelativeBias(linear, jnp.ones(4), distance_only=0)},
+        "RelativeBias.distance_only is 0; it must be True or False",
+    ),
+    "no function": ({"bias": RelativeBias("alibi")}, "RelativeBias.function is 'alibi'"),
+    "other parameters": ({"bias": RelativeBias(linear, "4")}, "RelativeBias.params is '4'"),
+    "no parts": ({"bias": BiasSum(())}, r"BiasSum.parts is \(\); it must be a tuple"),
+    "a list of parts": ({"bias": BiasSum([3])}, r"BiasSum.parts is \[3\]; it must be a tuple"),
+    "a part of a part": (
+        {"bias": BiasSum((ScaledBias(3, 1.0),))},
+        "ScaledBias.bias is 3; it must be an instance of Bias",
+    ),
+    "a key for dropout": ({"dropout_rng": 3}, "dropout_rng is 3; it must be a random key"),
+    "a module": ({"module": 3}, "module is 3; it must be a Flax module"),
     "bidirectional": (
         {"bias": ContextualBias(TABLE)},
         'needs is_causal=True.*direction="backward"',

@@ -36,6 +36,7 @@ from posjax.tasks import FlipFlop, SelectiveCopy, Text
 from posjax.tasks.augment import index_hints, padded, padded_product, random_spaces, remove_hints
 from posjax.tasks.data import split_batches, train_dataset
 from posjax.training import Config, MeshConfig, OptimizerConfig, TrainConfig
+from tests.fuzzing.reviewed import MAY_BE_0, MAY_BE_NEGATIVE
 from tests.training.tiny import TASK, tiny
 
 NAN = float("nan")
@@ -359,42 +360,6 @@ WRONG = {
     tuple: [1, "12", (NAN,), (True,), (None,), object()],
     typing.Literal: ["abc", "", True, 1.5, object()],
     object: ["abc", 3, True],
-}
-
-# Settings that may be below 0, or 0, and why.
-ANY = {
-    "gate_bias": "any number is a bias",
-    "seed": "KernelizedAttention: jax.random.key takes any integer",
-    "evaluation_seed": "Randomized: jax.random.key takes any integer",
-}
-MAY_BE_NEGATIVE = ANY | {"data": "-1 takes all devices"}
-MAY_BE_0 = ANY | {
-    "max_offset": "no offset",
-    "initial_deviation": "starts at 0",
-    "table_deviation": "starts at 0",
-    "left_bonus": "no bonus",
-    "minimum": "no minimum",
-    "fraction": "PRoPE: no pair is turned",
-    "draw": "the first draw",
-    "skip_layers": "no layer",
-    "block": "no block",
-    "max_shift": "no shift",
-    "dropout": "no dropout",
-    "local_window": "the token itself",
-    "p_ignore": "never",
-    "sparse_p_ignore": "never",
-    "dense_p_ignore": "never",
-    "blanks": "none",
-    "dense_blanks": "none",
-    "sparse_blanks": "none",
-    "warmup_steps": "none",
-    "final_fraction": "falls to 0",
-    "weight_decay": "none",
-    "b1": "no momentum",
-    "b2": "no average",
-    "clip_norm": "no clipping",
-    "encoding_learning_rate_multiplier": "frozen",
-    "evaluate_every": "only at the end",
 }
 
 

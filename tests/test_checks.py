@@ -12,6 +12,7 @@ import pytest
 
 from posjax import checks
 from posjax.checks import Limits, above, at_least, between
+from posjax.types import Array, Bool, Float, Int, Num
 
 ACCEPTED = [
     (checks.integer, 3, {"low": 3, "high": 3}),
@@ -273,3 +274,76 @@ def test_a_base_class_does_not_narrow_what_may_be_empty():
 def test_limits_for_no_field_are_a_mistake_of_the_programmer():
     with pytest.raises(TypeError, match="Settings has no such number: widht"):
         checks.fields(Settings(), widht=at_least(1))
+
+
+@checks.arguments(width=checks.size(2, multiple_of=2), scale=above(0))
+def example(
+    x: Num[Array, "B T D"],
+    places: Int[Array, "#B T"],
+    width: int = 2,
+    scale: Float[Array, "D"] | float = 1.0,
+    pair: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
+    rest: Num[Array, "*shape D"] | Bool[Array, "*shape D"] | None = None,
+    again: Num[Array, "*shape"] | None = None,
+    key: Array | None = None,
+):
+    return True
+
+
+X, PLACES, ROW = np.ones((2, 3, 4)), np.ones((1, 3), int), np.ones(2, int)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"x": jax.ShapeDtypeStruct((2, 3, 4), jnp.bfloat16)},
+        {"places": np.ones((2, 3), int)},
+        {"scale": np.ones(4)},
+        {"pair": (ROW, ROW)},
+        {"rest": np.ones((5, 6, 4), bool), "again": np.ones((5, 6))},
+        {"key": jax.random.PRNGKey(0)},
+        {"key": jax.random.key(0)},
+    ],
+)
+def test_arguments_that_are_right(change):
+    assert example(**({"x": X, "places": PLACES} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": None}, "x is None; it must be an array [B, T, D]."),
+        ({"x": X[0]}, "x has shape (3, 4); it must be [B, T, D]."),
+        ({"x": X > 0}, "x has dtype bool; it must be an integer or a floating-point type."),
+        ({"places": np.ones((3, 3), int)}, "places has shape (3, 3); it must be [1 or 2, 3]."),
+        ({"places": np.ones((2, 4), int)}, "places has shape (2, 4); it must be [1 or 2, 3]."),
+        ({"places": np.ones((1, 3))}, "places has dtype float64; it must be an integer type."),
+        ({"width": 3}, "width is 3; it must be at least 2 and even."),
+        ({"width": 10**9}, "width is 1000000000; it must be at most 1048576."),
+        ({"scale": np.ones(3)}, "scale has shape (3,); it must be [4]."),
+        ({"scale": 0.0}, "scale is 0.0; it must be above 0."),
+        ({"pair": (ROW,)}, f"pair is {(ROW,)!r}; it must be a tuple of 2 arrays, or None."),
+        ({"pair": (ROW, ROW[:1])}, "pair[1] has shape (1,); it must be [2]."),
+        ({"rest": np.ones(4), "again": np.ones(5)}, "again has shape (5,); it must be []."),
+        ({"rest": np.ones((5, 3))}, "rest has shape (5, 3); it must be [..., 4]."),
+        ({"key": 3}, "key is 3; it must be a random key."),
+        ({"key": jax.random.split(jax.random.key(0))}, "key has shape (2,); it must be []."),
+    ],
+)
+def test_arguments_that_are_wrong(change, words):
+    with pytest.raises(ValueError) as error:
+        example(**({"x": X, "places": PLACES} | change))
+    assert str(error.value) == words
+
+
+def test_arguments_by_the_signature_of_another_function():
+    @checks.arguments(example, width=at_least(1))
+    def other(x, places, width=1):
+        return width
+
+    assert other(X, PLACES) == 1
+    with pytest.raises(ValueError, match="width is 0"):
+        other(X, PLACES, 0)
+    with pytest.raises(ValueError, match="places has shape"):
+        other(X, places=PLACES[:, :2])

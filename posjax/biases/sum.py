@@ -75,6 +75,9 @@ class BiasSum(Bias):
 
     def check(self, query, key, is_causal):
         """Each part checks itself; a part that is no softmax stands alone."""
+        wanted = "a tuple of one or more descriptions"
+        holds = isinstance(self.parts, tuple) and len(self.parts) > 0
+        checks.require("BiasSum.parts", self.parts, holds, wanted)
         alone = [type(part).__name__ for part in self.parts if not part.uses_softmax]
         if alone:
             raise ValueError(

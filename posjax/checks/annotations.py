@@ -78,6 +78,8 @@ def check_of(kind: Any, optional: bool = False) -> Callable[[str, Any, Limits, b
         )
     if origin in (tuple, list, Sequence) and str in parts:
         return lambda name, value, limits, empty: _texts(name, value, optional)
+    if origin is tuple and parts[-1] is Ellipsis and isinstance(parts[0], type):
+        return lambda name, value, limits, empty: _instances(name, value, parts[0], optional)
     if origin is Callable:
         return lambda name, value, limits, empty: require(
             name, value, callable(value) or is_absent(value, optional), "a function"
@@ -95,6 +97,12 @@ def check_of(kind: Any, optional: bool = False) -> Callable[[str, Any, Limits, b
     if isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False):
         return lambda name, value, limits, empty: instance(name, value, kind, optional=optional)
     return None
+
+
+def _instances(name: str, value: Any, kind: type, optional: bool) -> None:
+    holds = isinstance(value, tuple | list) and all(isinstance(one, kind) for one in value)
+    wanted = f"a tuple of instances of {kind.__name__}"
+    require(name, value, holds or is_absent(value, optional), wanted)
 
 
 def _texts(name: str, value: Any, optional: bool) -> None:

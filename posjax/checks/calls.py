@@ -23,12 +23,16 @@ __all__ = ["annotated", "arguments", "kind_of"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def arguments(**limits: Limits) -> Callable[[_Function], _Function]:
+def arguments(
+    like: Callable[..., Any] | None = None, /, **limits: Limits
+) -> Callable[[_Function], _Function]:
     """A decorator: arguments have the types of their annotations, and keep to limits.
 
     Every refusal is a ValueError that names the argument, its value, and what it must be.
 
     Args:
+        like: a function whose signature says the types, such as a method of a base class; None: the
+            function itself.
         limits: ranges of numbers by the name of the argument.
 
     >>> from posjax.checks import size
@@ -42,7 +46,7 @@ def arguments(**limits: Limits) -> Callable[[_Function], _Function]:
     """
 
     def decorate(function: _Function) -> _Function:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function if like is None else like)
         annotated = {n: p.annotation for n, p in signature.parameters.items()}
         kinds = {n: kind_of(a) for n, a in annotated.items() if a is not inspect.Parameter.empty}
 
@@ -78,7 +82,7 @@ def annotated(name: str, value: Any, annotation: Any) -> None:
 
 
 class _Kind(NamedTuple):
-    """What an annotation asks for: an array, something else, either, or None, too.
+    """The demand of an annotation: an array, something else, either, or None, too.
 
     Or a tuple, each of whose `members` has a kind.
     """
@@ -107,7 +111,7 @@ class _Kind(NamedTuple):
 
 
 def kind_of(annotation: Any) -> _Kind:
-    """What an annotation asks for, to check many values with."""
+    """The demand of an annotation, to check many values by."""
     several = get_origin(annotation) in (Union, types.UnionType)
     parts = get_args(annotation) if several else (annotation,)
     tuples = [part for part in parts if get_origin(part) is tuple and _holds_arrays(part)]

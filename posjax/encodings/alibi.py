@@ -27,7 +27,6 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     >>> alibi_slopes(4)
     (0.25, 0.0625, 0.015625, 0.00390625)
     """
-    checks.integer("heads", heads, low=1)
     power = 1 << (heads.bit_length() - 1)
     slopes = tuple(2.0 ** (-8 * n / power) for n in range(1, power + 1))
     return slopes if power == heads else slopes + alibi_slopes(2 * power)[::2][: heads - power]

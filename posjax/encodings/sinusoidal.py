@@ -40,9 +40,6 @@ def sinusoids(
     >>> sinusoids(jnp.array([[0, 1]]), 4)[0, 0].tolist()
     [0.0, 1.0, 0.0, 1.0]
     """
-    checks.integer("width", width, low=2, multiple_of=2)
-    checks.number("base", base, above=1)
-    checks.choice("layout", layout, ("interleaved", "concatenated"))
     frequencies = jnp.asarray(base ** (-np.arange(0, width, 2) / width), jnp.float32)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     waves = jnp.sin(angles), jnp.cos(angles)

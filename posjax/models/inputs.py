@@ -1,4 +1,4 @@
-"""What a model is called with, checked: tokens, their positions and segments, and the cache."""
+"""Checks of a model's arguments: tokens, their positions and segments, and the cache."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax import checks
-from posjax.forms import known
+from posjax.forms import array_of, known
 from posjax.models.config import TransformerConfig
 from posjax.models.layers import Cache, LayerState
 from posjax.types import Array, Bool, Int
@@ -36,8 +36,7 @@ def row_of_each(name: str, x: Any, tokens: Int[Array, "B T"]) -> Int[Array, "B T
     """Positions or segment ids for each token, of [T], [1, T] or [B, T]; None stays."""
     if x is None:
         return None
-    checks.require(name, x, hasattr(x, "shape"), "an array of integers, or None")
-    return jnp.broadcast_to(checks.rows(name, x, *tokens.shape), tokens.shape)
+    return jnp.broadcast_to(checks.rows(name, array_of(name, x), *tokens.shape), tokens.shape)
 
 
 def check_cache(cache: Any, config: TransformerConfig, batch: int) -> None:

@@ -89,7 +89,9 @@ def refuse(name, hook, arguments, settings):
 
 
 def run(name, hook, *arguments):
-    owner_of(name, hook).init_with_output(jax.random.key(0), *arguments, method=hook)
+    """The result of a hook."""
+    owner = owner_of(name, hook)
+    return owner.init_with_output(jax.random.key(0), *arguments, method=hook)[0]
 
 
 def other(index, value):
@@ -217,18 +219,24 @@ def test_one_row_of_indices_and_other_numbers_of_keys(name):
     first = functools.partial(jax.tree.map, lambda x: x[:, :1])
 
     def calls():
+        found = {}
         for hook in ("rotate", "bias"):
             query, key, *rest = right[hook][0]
             query = Side(query.x[:, :1], first(query.indices), first(query.memory))
-            run(name, hook, query, key, *rest)
+            found[hook] = run(name, hook, query, key, *rest)
         plain = isinstance(right["embed"][0][1], np.ndarray)
         if plain and encoding.decodes:
             query, key, *rest = right["rotate"][0]
             sides = (side._replace(indices=side.indices[:1]) for side in (query, key))
-            run(name, "rotate", *sides, *rest)
-            run(name, "embed", X, right["embed"][0][1][:1])
+            found["one row"] = run(name, "rotate", *sides, *rest)
+            found["embed"] = run(name, "embed", X, right["embed"][0][1][:1])
+        return found
 
-    jax.eval_shape(calls)
+    found = jax.eval_shape(calls)
+    assert [x.shape for x in found["rotate"]] == [(B, 1, N, H), (B, T, K, H)]
+    if "embed" in found:
+        assert [x.shape for x in found["one row"]] == [(B, T, N, H), (B, T, K, H)]
+        assert found["embed"].shape == X.shape
 
 
 def test_hooks_of_a_subclass_are_checked_and_stay_compact():

@@ -62,21 +62,26 @@ REVIEWED = {
     ("MsPoE", "order", "0 inside"): "the order of one head",
     ("ms_poe_ratios", "order", "0 inside"): "the order of one head",
 }
-_ZERO = {
+# Settings that may be below 0, or 0, and why.
+ANY = {
+    "gate_bias": "any number is a bias",
+    "seed": "KernelizedAttention: jax.random.key takes any integer",
+    "evaluation_seed": "Randomized: jax.random.key takes any integer",
+}
+MAY_BE_NEGATIVE = ANY | {"data": "-1 takes all devices"}
+MAY_BE_0 = ANY | {
     "max_offset": "no offset",
     "initial_deviation": "starts at 0",
     "table_deviation": "starts at 0",
     "left_bonus": "no bonus",
     "minimum": "no minimum",
-    "fraction": "no pair is turned",
+    "fraction": "PRoPE: no pair is turned",
     "draw": "the first draw",
     "skip_layers": "no layer",
     "block": "no block",
     "max_shift": "no shift",
     "dropout": "no dropout",
-    "dropout_rate": "no dropout",
     "local_window": "the token itself",
-    "local_window_size": "the token itself",
     "p_ignore": "never",
     "sparse_p_ignore": "never",
     "dense_p_ignore": "never",
@@ -91,9 +96,13 @@ _ZERO = {
     "clip_norm": "no clipping",
     "encoding_learning_rate_multiplier": "frozen",
     "evaluate_every": "only at the end",
+}
+
+# The same for arguments of functions and fields of descriptions.
+_ZERO = MAY_BE_0 | {
+    "dropout_rate": "no dropout",
+    "local_window_size": "the token itself",
     "probability": "no spaces",
-    "seed": "a seed",
-    "evaluation_seed": "a seed",
     "batch": "an empty batch",
     "length": "no tokens",
     "channels": "no channels",
@@ -111,11 +120,7 @@ _ZERO = {
     "query_factor": "any number is a factor",
     "bias_scale": "any number is a factor",
 }
-_NEGATIVE = {
-    "gate_bias": "any number is a bias",
-    "seed": "jax.random.key takes any integer",
-    "evaluation_seed": "jax.random.key takes any integer",
-    "data": "all devices",
+_NEGATIVE = MAY_BE_NEGATIVE | {
     "offset": "a sequence that begins earlier",
     "low": "any number is a limit",
     "high": "any number is a limit",

@@ -29,7 +29,7 @@ def cache_of(batch=2, **settings):
 CALL = {
     "float tokens": ({"tokens": TOKENS.astype(jnp.float32)}, "tokens has dtype float32"),
     "one row": ({"tokens": TOKENS[0]}, "tokens has shape"),
-    "positions": ({"positions": "abc"}, "positions is 'abc'; it must be an array of integers"),
+    "positions": ({"positions": "abc"}, "positions is 'abc'; it must be an array"),
     "short positions": ({"positions": jnp.arange(2)}, f"positions has shape \\(2,\\); {ROW}"),
     "column of positions": ({"positions": jnp.ones((2, 1), jnp.int32)}, "positions has shape"),
     "positions of nan": ({"positions": jnp.full((2, 3), jnp.nan)}, "positions has dtype float32"),
@@ -87,7 +87,7 @@ def test_positions_may_be_one_row_for_all(small):
     model, variables = small
     row = jnp.array([4, 6, 7])
     want = model.apply(variables, TOKENS, positions=jnp.broadcast_to(row, (2, 3)))
-    for positions in (row, row[None], np.asarray(row)):
+    for positions in (row, row[None], np.asarray(row), [4, 6, 7]):
         np.testing.assert_array_equal(model.apply(variables, TOKENS, positions=positions), want)
 
 
